@@ -1,0 +1,121 @@
+"""Recipes: which parts to build for a dataset, how long to train each, and the one function that trains them all.
+
+A recipe is a value.  `train_parts` turns it into trained networks; what is done with those is the caller's business.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from minildm.clip import TextConfig, TextEncoder
+from minildm.metrics import Judge, caption_accuracy
+from minildm.schedule import NoiseSchedule
+from minildm.shapes import Shapes
+from minildm.tokenizer import Tokenizer
+from minildm.train import Dataset, Fit, Progress, best_device, cache_latents, fit, step_generator, train_autoencoder, train_diffusion
+from minildm.unet import UNet, UNetConfig
+from minildm.vae import AutoencoderKL, VAEConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All choices of a text-to-image training run."""
+
+    vae: VAEConfig
+    unet: UNetConfig
+    first: Fit  # the autoencoder
+    second: Fit  # the U-Net and the text encoder
+    pictures: int = 20_000  # how many are encoded for the second stage, at most
+    vocab_size: int = 512  # of the tokenizer, at most
+    context_length: int = 32
+    text_layers: int = 2
+    dropout: float = 0.1  # share of the captions left out, for guidance
+    prediction_type: str = "v_prediction"
+    spacing: str = "trailing"  # begins where the schedule ends: at pure noise
+
+    @classmethod
+    def small(cls, size: int = 32, vae_steps: int = 700, steps: int = 2000, seed: int = 0) -> "Recipe":
+        """For pictures of `size` pixels (a multiple of 16), trained on a laptop: 8 x 8 latents at 32 pixels."""
+        return cls(
+            vae=VAEConfig(widths=(96,), blocks=1, groups=8, mid_attention=False, patch=4, scaling_factor=1.0),
+            unet=UNetConfig.tiny(),
+            first=Fit(steps=vae_steps, lr=2e-3, batch_size=32, seed=seed, ema=0.99),
+            second=Fit(steps=steps, lr=1e-3, batch_size=64, seed=seed + 1, ema=0.998),
+        )
+
+
+class Parts(NamedTuple):
+    """What training makes."""
+
+    unet: UNet
+    vae: AutoencoderKL
+    text: TextEncoder
+    tokenizer: Tokenizer
+    schedule: NoiseSchedule
+
+
+# How a caller runs a stage: it is given the stage's generator and its name, and returns what the generator returns.
+Run = Callable[[Iterator[Progress], str], object]
+
+
+def train_parts(recipe: Recipe, dataset: Dataset, run: Run, folder: Path | None = None, device: torch.device | None = None) -> Parts:
+    """Trains autoencoder, text encoder and U-Net from nothing.
+
+    Args:
+        recipe: what to build and how long to train it.
+        dataset: pictures with captions.
+        run: drives each stage; `watch` shows a bar.
+        folder: for checkpoints, from which an interrupted run goes on; None for none.
+        device: where to train; the best there is if None.
+    """
+    device = device or best_device()
+    torch.manual_seed(recipe.first.seed)
+    vae = AutoencoderKL(recipe.vae).to(device)
+    run(train_autoencoder(vae, dataset, recipe.first, folder and folder / "autoencoder"), "autoencoder")
+    latents = run(cache_latents(vae, dataset, recipe.pictures), "encoding")
+    vae.cfg = replace(vae.cfg, scaling_factor=latents.scaling_factor)
+
+    tokenizer = Tokenizer.train(latents.captions, recipe.vocab_size, context_length=recipe.context_length, lowercase=True)
+    torch.manual_seed(recipe.second.seed)
+    unet = UNet(recipe.unet).to(device)
+    text = TextEncoder(
+        TextConfig(
+            vocab_size=tokenizer.vocab_size, context_length=recipe.context_length, width=recipe.unet.context_dim,
+            layers=recipe.text_layers, heads=4, activation="gelu", end_id=tokenizer.end_id,
+        )
+    ).to(device)  # fmt: skip
+    schedule = NoiseSchedule.cosine().zero_terminal_snr()
+    stage = train_diffusion(
+        unet, text, schedule, latents, tokenizer(latents.captions), tokenizer([""]), recipe.second, folder and folder / "diffusion",
+        prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,
+    )  # fmt: skip
+    run(stage, "diffusion")
+    return Parts(unet, vae, text, tokenizer, schedule)
+
+
+def train_judge(judge: Judge, cfg: Fit, folder: Path | None = None) -> Iterator[Progress]:
+    """Teaches a judge to read Shapes, held-out combinations too, through blur and noise as a generator might leave them."""
+    pictures = Shapes(size=judge.size, seed=1_000_000, split="all")
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = step_generator(cfg.seed, step)
+        drawn = pictures.draw(range(step * cfg.batch_size, (step + 1) * cfg.batch_size))
+        x, blur = drawn.images, torch.rand(1, generator=generator).item()
+        if blur > 0.4:
+            x = gaussian_blur(x, kernel_size=[5, 5], sigma=[1.8 * (blur - 0.4) + 0.05] * 2)
+        grain = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
+        x = x + grain * torch.randn(x.shape, generator=generator)
+        return judge.loss(x, drawn.attributes), {}
+
+    yield from fit(judge, loss_at, cfg, folder)
+
+
+def judge_accuracy(judge: Judge, count: int = 4000) -> float:
+    """The share of fresh, clean renders of which a judge reads every attribute right."""
+    drawn = Shapes(size=judge.size, seed=2_000_000, split="all").draw(range(count))
+    return caption_accuracy(judge.read(drawn.images), drawn.attributes).all_correct

@@ -1,0 +1,419 @@
+"""Byte-pair encoding: text to numbers and back, with a vocabulary trained here or with CLIP's.
+
+A text is cut into words and each word into bytes; then pairs of neighbours are glued together, in the order in which
+training found them to be frequent.  What no merge covers stays a byte, so no text is ever unknown.  Sennrich et al.
+2016 (arXiv 1508.07909); on bytes as in GPT-2 (Radford et al. 2019) and CLIP (Radford et al. 2021, arXiv 2103.00020).
+"""
+
+import gzip
+import json
+import os
+import re
+import unicodedata
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
+from math import inf
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Pair = tuple[str, str]
+
+START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+CLIP_MERGES = 49408 - 2 * 256 - 2  # its vocabulary less each byte, within a word and at its end, and START and END
+
+# How a text is cut into words.  Ours keeps every character (GPT-2's rule without its English contractions): a run of
+# letters, of numbers, of other signs, each with one space before it if there is one, or else white space.  CLIP's drops
+# white space, takes numbers digit by digit, and cuts a special token that only lower-casing made into three words.
+OUR_WORDS = r" ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CLIP_WORDS = r"(<\|)(startoftext|endoftext)(\|>)|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def byte_alphabet() -> dict[int, str]:
+    """Give each of the 256 bytes a visible character, so that tokens can be printed and stored as text.
+
+    Bytes that are visible in Latin-1 stand for themselves, the others (space, control) take the characters from U+0100
+    on.  The order of the dictionary is the order of the first 256 token ids, in GPT-2, in CLIP and here.
+    """
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+SYMBOL_OF = byte_alphabet()
+BYTE_OF = {symbol: byte for byte, symbol in SYMBOL_OF.items()}
+
+
+def spell(word: str) -> list[str]:
+    """Write a word as one symbol for each of its UTF-8 bytes; half a surrogate pair, too, has its three bytes."""
+    return [SYMBOL_OF[byte] for byte in word.encode("utf-8", "surrogatepass")]
+
+
+def shadow(text: str) -> str:
+    r"""Replace each character outside ASCII by an ASCII one of its kind, so that `re`, which has no \p{L}, can cut it."""
+
+    def kind(char: str) -> str:
+        if char.isascii():
+            return char
+        return "\n" if char.isspace() else {"L": "A", "N": "0"}.get(unicodedata.category(char)[0], "!")
+
+    return text if text.isascii() else "".join(kind(char) for char in text)
+
+
+def cut(text: str, pattern: str) -> list[str]:
+    """Cut a text into words by one of the two patterns above."""
+    pattern = pattern.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9")
+    words = []
+    for match in re.finditer(pattern, shadow(text), re.ASCII):
+        groups = (1, 2, 3) if match.lastindex else (0,)
+        words += [text[match.start(group) : match.end(group)] for group in groups]
+    return words
+
+
+def lower(text: str) -> str:
+    """Lower each character by itself: `str.lower` would write a sigma at the end of a word differently."""
+    return "".join(char.lower() for char in text)
+
+
+def merge(symbols: list[str], pair: Pair) -> list[str]:
+    """Glue every occurrence of a pair of neighbours into one symbol, from left to right."""
+    merged = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
+
+
+def learn_merges(word_counts: dict[str, int], n: int) -> list[Pair]:
+    """Find the pairs to glue: again and again the most frequent one, until there are n or none occurs twice.
+
+    Among equally frequent pairs the one of the oldest symbols wins (first by the left one, then by the right one), so
+    that nothing but the counts decides.  Sennrich et al. 2016, algorithm 1, with counts kept up to date, not taken anew.
+
+    Args:
+        word_counts: how often each word occurs in the corpus.
+        n: the most merges to learn.
+    """
+    words, counts = [spell(word) for word in word_counts], list(word_counts.values())
+    age = {symbol: i for i, symbol in enumerate(SYMBOL_OF.values())}
+    pair_counts, where = Counter(), defaultdict(set)  # where: the words that hold a pair, or once did
+    for i, word in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += counts[i]
+            where[pair].add(i)
+
+    merges = []
+    while len(merges) < n and (most := max(pair_counts.values(), default=0)) >= 2:
+        best = min((p for p, count in pair_counts.items() if count == most), key=lambda p: (age[p[0]], age[p[1]]))
+        merges.append(best)
+        age["".join(best)] = len(age)
+        for i in where.pop(best):
+            for pair in pairwise(words[i]):
+                pair_counts[pair] -= counts[i]
+            words[i] = merge(words[i], best)
+            for pair in pairwise(words[i]):
+                pair_counts[pair] += counts[i]
+                where[pair].add(i)
+    return merges
+
+
+class Tokenizer:
+    """A vocabulary and the rules to apply it: text in, ids out, and back.  Made by `train`, `clip` or `load`.
+
+    A vocabulary trained here is lossless: `decode(encode(text)) == text` for every text.  CLIP's cleans first (Unicode
+    form NFC, lower case, white space dropped) and marks the last byte of each word.  Where a text spells out one of CLIP's
+    special tokens, padding included, it becomes that token, as in the reference: with padding 0, "!", every "!" does.
+
+    Args, all of them attributes afterwards:
+        vocab: id of each token, written in the byte alphabet; the ids are 0 to len(vocab) - 1.
+        merges: the pairs to glue, first to last.
+        context_length: L, ids in a row, start and end included; at least 3.
+        pad_id: what fills a row after the end; by default `end_id`.
+        lowercase: whether to lower the text; what was upper case is then lost.
+        end_of_word: "" for a vocabulary trained here, "</w>" for one that follows CLIP's rules.
+
+    Further attributes: `vocab_size`, `start_id`, `end_id`, and `tokens`, the token of each id.
+
+    Raises:
+        ValueError: the vocabulary lacks a byte, a special token or what a merge needs; or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: dict[str, int],
+        merges: list[Pair],
+        context_length: int = 77,
+        pad_id: int | None = None,
+        lowercase: bool = False,
+        end_of_word: str = "",
+    ) -> None:
+        needed = [*_number(merges, end_of_word), *(symbol for pair in merges for symbol in pair)]
+        if missing := [token for token in dict.fromkeys(needed) if token not in vocab]:
+            raise ValueError(
+                f"the vocabulary lacks {len(missing)} tokens, such as {missing[:3]}: do its files belong together?"
+            )
+        self.tokens = sorted(vocab, key=vocab.__getitem__)
+        if [vocab[token] for token in self.tokens] != list(range(len(vocab))):
+            raise ValueError(f"the ids of {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each once: is the file complete?")
+        if context_length < 3:
+            raise ValueError(f"context_length is {context_length}, expected 3 or more: start, one token, end")
+        if pad_id is not None and not 0 <= pad_id < len(vocab):
+            raise ValueError(f"pad_id is {pad_id}, expected an id in [0, {len(vocab)})")
+        self.vocab, self.merges, self.vocab_size = vocab, merges, len(vocab)
+        self.context_length, self.lowercase, self.end_of_word = context_length, lowercase, end_of_word
+        self.start_id, self.end_id = vocab[START], vocab[END]
+        self.pad_id = self.end_id if pad_id is None else pad_id
+
+        self._rank = {pair: i for i, pair in enumerate(merges)}
+        self._bytes = [_token_bytes(token, end_of_word) for token in self.tokens]
+        special = (START, END, self.tokens[self.pad_id]) if end_of_word else ()
+        self._special = re.compile(f"({'|'.join(re.escape(token) for token in special)})")
+        self._known = {token: [vocab[token]] for token in special}  # the ids of words met before
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, *, context_length: int = 77, lowercase: bool = False) -> "Tokenizer":
+        """Learn a vocabulary from a corpus; the same corpus gives the same vocabulary.
+
+        Args:
+            texts: the corpus, a caption or a line each.
+            vocab_size: 256 bytes, the merges, 2 special tokens; fewer result when no pair is left that occurs twice.
+            context_length, lowercase: as in `Tokenizer`.
+
+        Raises:
+            TypeError: texts is one string, or an item is no string; says which.
+            ValueError: vocab_size is below 258, or the corpus is empty.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts is one string, expected a list of strings: put it in brackets")
+        texts = _strings(texts)
+        n_merges = vocab_size - len(SYMBOL_OF) - 2
+        if n_merges < 0:
+            raise ValueError(f"vocab_size is {vocab_size}, expected 258 or more: 256 bytes and 2 special tokens")
+        word_counts = Counter(word for text in texts for word in cut(lower(text) if lowercase else text, OUR_WORDS))
+        if not word_counts:
+            raise ValueError(f"the corpus is empty, {len(texts)} texts without a character: give some captions to learn from")
+        merges = learn_merges(word_counts, n_merges)
+        return cls(vocab=_number(merges, ""), merges=merges, context_length=context_length, lowercase=lowercase)
+
+    @classmethod
+    def clip(cls, vocab_file: str | Path, *, context_length: int | None = None, pad_id: int | None = None) -> "Tokenizer":
+        """Read CLIP's vocabulary in either published format.
+
+        Args:
+            vocab_file: OpenAI's `bpe_simple_vocab_16e6.txt.gz`; or transformers' folder, which has `vocab.json` and
+                `merges.txt`, or `tokenizer.json`; or one of these `.json` files.
+            context_length: by default what the folder's settings say, else 77.
+            pad_id: 49407, end of text, for Stable Diffusion 1 and SDXL's first encoder; 0 for Stable Diffusion 2 and SDXL's
+                second; by default what the folder's settings say, else 49407.
+
+        Raises:
+            FileNotFoundError: there is no vocabulary there.
+            ValueError: the file is damaged or not CLIP's kind.
+        """
+        tokenizer = cls.load(vocab_file, context_length=context_length, pad_id=pad_id)
+        if not tokenizer.end_of_word:
+            raise ValueError(f"{vocab_file} holds a vocabulary trained here, expected CLIP's: read it with Tokenizer.load")
+        return tokenizer
+
+    @classmethod
+    def load(cls, folder: str | Path, *, context_length: int | None = None, pad_id: int | None = None) -> "Tokenizer":
+        """Read what `save` wrote, or anything that `clip` reads; arguments and errors as there."""
+        given = {"context_length": context_length, "pad_id": pad_id}
+        try:
+            return cls(**_read(Path(folder)) | {name: value for name, value in given.items() if value is not None})
+        except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{folder} is damaged or no vocabulary ({error!r}): fetch or save it again") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder that `load` reads, and so does transformers: `AutoTokenizer.from_pretrained` gives the same ids.
+
+        A vocabulary trained here becomes `tokenizer.json`, CLIP's `vocab.json` and `merges.txt`; `tokenizer_config.json`
+        goes with both.  Another tokenizer in that folder is replaced.
+        """
+        config = {"model_max_length": self.context_length, "pad_token": self.tokens[self.pad_id]}
+        config |= {"bos_token": START, "eos_token": END, "unk_token": END, "clean_up_tokenization_spaces": False}
+        if self.end_of_word:
+            config["tokenizer_class"] = "CLIPTokenizer"
+            merges = "".join(f"{a} {b}\n" for a, b in self.merges)
+            files = {"vocab.json": json.dumps(self.vocab, ensure_ascii=False), "merges.txt": f"#version: 0.2\n{merges}"}
+        else:
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+            files = {"tokenizer.json": json.dumps(_describe(self), ensure_ascii=False)}
+        files["tokenizer_config.json"] = json.dumps(config, indent=2)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / f"{name}.tmp").write_text(text, encoding="utf-8", newline="\n")
+            os.replace(folder / f"{name}.tmp", folder / name)
+        for name in {"vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json"} - files.keys():
+            (folder / name).unlink(missing_ok=True)
+
+    def __call__(self, texts: str | Iterable[str]) -> Tensor:
+        """Turn texts into rows of ids, (B, L) int64: start, tokens, end, padding.
+
+        Args:
+            texts: one text or several; one that is too long is cut, with a warning that shows what was cut off.
+
+        Raises:
+            TypeError: an item is no string; says which.
+        """
+        texts = [texts] if isinstance(texts, str) else _strings(texts)
+        rows = torch.full((len(texts), self.context_length), self.pad_id)  # (B, L)
+        room = self.context_length - 2
+        for i, text in enumerate(texts):
+            ids = self.encode(text)
+            if len(ids) > room:
+                warnings.warn(f"text {i} has {len(ids)} tokens, {room} fit; cut off: {self._text(ids[room:])!r}", stacklevel=2)
+            ids = [self.start_id, *ids[:room], self.end_id]
+            rows[i, : len(ids)] = torch.tensor(ids)
+        return rows
+
+    def encode(self, text: str) -> list[int]:
+        """Turn one text into ids, as many as it takes, without start, end and padding."""
+        ids = []
+        for word in self._words(text):
+            if word not in self._known:
+                self._known[word] = self._encode_word(word)
+            ids += self._known[word]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids back into text, up to the first end token; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id is outside [0, vocab_size).
+        """
+        ids = [int(i) for i in ids]
+        if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"id {wrong[0]} is outside [0, {self.vocab_size}): does it come from another tokenizer?")
+        ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+        return self._text([i for i in ids if i != self.start_id])
+
+    def pieces(self, text: str) -> list[str]:
+        r"""Show what each id of `encode(text)` stands for; piece i belongs to column i + 1 of the tokenizer's row.
+
+        A space shows where a word begins (trained here) or ends (CLIP), a part of a character shows its bytes: "\xf0\x9f".
+        """
+        return [self._bytes[i].decode("utf-8", "backslashreplace") for i in self.encode(text)]
+
+    def _words(self, text: str) -> list[str]:
+        if not isinstance(text, str):
+            raise TypeError(f"text is a {type(text).__name__}, expected one string")
+        if not self.end_of_word:
+            return cut(lower(text) if self.lowercase else text, OUR_WORDS)
+        words = []
+        for i, part in enumerate(self._special.split(text)):  # text, special token, text, special token, ..., text
+            words += [part] if i % 2 else cut(lower(unicodedata.normalize("NFC", part)), CLIP_WORDS)
+        return words
+
+    def _encode_word(self, word: str) -> list[int]:
+        symbols = spell(word)
+        symbols[-1] += self.end_of_word
+        while pairs := self._rank.keys() & pairwise(symbols):
+            symbols = merge(symbols, min(pairs, key=self._rank.__getitem__))  # the pair that was learnt first
+        return [self.vocab[symbol] for symbol in symbols]
+
+    def _text(self, ids: list[int]) -> str:
+        data = b"".join(self._bytes[i] for i in ids)
+        try:
+            text = data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            text = data.decode("utf-8", "replace")
+        return text.strip() if self.end_of_word else text
+
+
+def _strings(texts: Iterable[str]) -> list[str]:
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {i} of {len(texts)} is a {type(text).__name__}, expected a string")
+    return texts
+
+
+def _number(merges: Iterable[Pair], end_of_word: str) -> dict[str, int]:
+    alphabet = [symbol + end for end in dict.fromkeys(("", end_of_word)) for symbol in SYMBOL_OF.values()]
+    return {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges), START, END])}
+
+
+def _token_bytes(token: str, end_of_word: str) -> bytes:
+    stem = token.removesuffix(end_of_word)
+    return bytes(BYTE_OF[symbol] for symbol in stem) + (b"" if stem == token else b" ")
+
+
+# ---- files: OpenAI's list of merges, transformers' vocab.json with merges.txt, tokenizer.json --------------------------
+
+_PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": OUR_WORDS}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
+
+
+def _describe(tokenizer: Tokenizer) -> dict:
+    """Describe a tokenizer trained here in the terms of a tokenizer.json, for transformers to do the same."""
+    special = {START: tokenizer.start_id, END: tokenizer.end_id}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    around = {"cls": [START, tokenizer.start_id], "sep": [END, tokenizer.end_id], "trim_offsets": False}
+    return {
+        "added_tokens": [{"id": i, "content": token} | flags for token, i in special.items()],
+        "normalizer": {"type": "Lowercase"} if tokenizer.lowercase else None,
+        "pre_tokenizer": _PRE_TOKENIZER,
+        "post_processor": {"type": "RobertaProcessing", "add_prefix_space": False} | around,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": {"type": "BPE", "end_of_word_suffix": None, "vocab": tokenizer.vocab, "merges": tokenizer.merges},
+    }
+
+
+def _read(path: Path) -> dict:
+    """Read a vocabulary in any format, and the settings beside it, as the arguments of `Tokenizer`."""
+    if path.is_dir():
+        pair = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
+        path /= "vocab.json" if pair else "tokenizer.json"
+    if not path.is_file():
+        kinds = "bpe_simple_vocab_16e6.txt.gz, or a folder with vocab.json and merges.txt, or with tokenizer.json"
+        raise FileNotFoundError(f"no vocabulary at {path}: expected {kinds}")
+    clip = {"lowercase": True, "end_of_word": END_OF_WORD}
+    if path.suffix != ".json":
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        merges = _pairs(data.decode().split("\n")[1 : CLIP_MERGES + 1])
+        if len(merges) < CLIP_MERGES:
+            raise ValueError(f"{path} holds {len(merges)} merges, expected CLIP's {CLIP_MERGES}: is the file complete?")
+        return {"vocab": _number(merges, END_OF_WORD), "merges": merges} | clip
+
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "pre_tokenizer" in content:  # a tokenizer.json
+        model, fields = content["model"], clip
+        if model.get("end_of_word_suffix") != END_OF_WORD:
+            fields = {"lowercase": content["normalizer"] is not None}
+            if content["pre_tokenizer"] != _PRE_TOKENIZER:
+                raise ValueError(f"{path} is neither CLIP's nor ours: its rules to cut words are not known here")
+        vocab, merges = model["vocab"], _pairs(model["merges"])
+    else:
+        vocab, fields = content, clip
+        merges = _pairs(path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")[1:])
+    return {"vocab": vocab, "merges": merges} | fields | _settings(path.parent, vocab)
+
+
+def _pairs(merges: Iterable[str | list[str]]) -> list[Pair]:
+    """Read merges written as "a b" or as ["a", "b"]; empty lines are none."""
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges if pair]
+
+
+def _settings(folder: Path, vocab: dict[str, int]) -> dict:
+    """Read length and padding where transformers does: special_tokens_map.json wins over a configuration of the old kind."""
+    files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    config, special = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files)
+    if "added_tokens_decoder" not in config:
+        config |= special
+    pad, length = config.get("pad_token"), config.get("model_max_length", inf)
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    return {"pad_id": pad and vocab[pad], "context_length": 77 if length > 1e6 else length}

@@ -1,0 +1,324 @@
+"""Training: one loop for everything, as a generator, so that a notebook, a test and the command line drive the same code.
+
+`fit` is given a function from a step's number to that step's loss, and all randomness of step n comes from a generator seeded
+by (seed, n).  A run therefore has no hidden state: stopped and resumed, it ends where it would have ended.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from minildm.clip import TextEncoder
+from minildm.schedule import NoiseSchedule
+from minildm.unet import UNet
+from minildm.vae import AutoencoderKL, vae_loss
+
+Result = TypeVar("Result")
+
+
+class Dataset(Protocol):
+    """What training asks of a dataset: its length, and pictures (N, 3, H, W) in [-1, 1] with their captions by number."""
+
+    def __len__(self) -> int: ...
+    def batch(self, indices: list[int]) -> tuple[Tensor, list[str]]: ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long and how boldly to train."""
+
+    steps: int
+    lr: float  # peak learning rate; it rises over `warmup` steps and falls along a cosine to zero
+    batch_size: int = 32
+    warmup: int = 100
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0  # longest gradient, by its norm
+    ema: float = 0.999  # decay of the averaged weights; 0 keeps none
+    seed: int = 0
+    save_every: int = 500  # steps between checkpoints, where a folder is given
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step, done."""
+
+    step: int  # counted from 1
+    steps: int
+    loss: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def best_device() -> torch.device:
+    """CUDA if there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of all randomness of one training step: a CPU generator that depends on seed and step alone."""
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xD1342543DE82EF95 + 1) % 2**63)
+
+
+def learning_rate(step: int, fit: Fit) -> float:
+    """Linear warm-up, then half a cosine to zero.  Loshchilov & Hutter 2017, equation 5."""
+    rise = min(1.0, (step + 1) / max(1, fit.warmup))
+    return fit.lr * rise * 0.5 * (1 + math.cos(math.pi * step / fit.steps))
+
+
+def fit(
+    model: nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str, Tensor]]], cfg: Fit, folder: Path | None = None
+) -> Iterator[Progress]:
+    """Trains a model, one yield a step; at the end the model holds the averaged weights.
+
+    Args:
+        model: whatever `loss_at` computes with; changed in place.
+        loss_at: from a step's number, counted from 0, to its loss (a scalar) and named parts of it for display.
+        cfg: how long and how boldly.
+        folder: where checkpoints go and where an earlier run of the same settings is taken up again; None for neither.
+
+    Raises:
+        FloatingPointError: the loss is not a number any more; says at which step, and what to do.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    start = resume(folder, parameters, average, optimizer) if folder else 0
+    device = next(iter(parameters.values())).device
+    model.train()
+    for step in range(start, cfg.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss, parts = loss_at(step)
+        value = loss.item()
+        if not math.isfinite(value):
+            kept = f"; the last good checkpoint is in {folder}" if folder else ""
+            raise FloatingPointError(f"the loss is {value} at step {step + 1} of {cfg.steps}: try a lower lr than {cfg.lr}{kept}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), cfg.clip)
+        optimizer.step()
+        decay = min(cfg.ema, (1 + step) / (10 + step))  # young averages forget faster
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        done = step + 1
+        if folder and (done % cfg.save_every == 0 or done == cfg.steps):
+            save_checkpoint(folder, done, parameters, average, optimizer)
+        yield Progress(done, cfg.steps, value, {name: part.item() for name, part in parts.items()})
+    if cfg.ema:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(average[name])
+    model.eval()
+
+
+def watch(progress: Generator[Progress, None, Result] | Iterator[Progress], label: str, quiet: bool = False) -> Result | None:
+    """Runs a training generator to its end behind a progress bar, and returns what it returns."""
+    bar = tqdm(desc=label, unit="step", disable=quiet, dynamic_ncols=True)
+    while True:
+        try:
+            p = next(progress)
+        except StopIteration as end:
+            bar.close()
+            return end.value
+        except BaseException:
+            bar.close()
+            raise
+        bar.total, bar.n = p.steps, p.step
+        bar.set_postfix(loss=f"{p.loss:.4f}", refresh=False)
+        bar.update(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a file beside `path`, then renames it over: the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder: Path, step: int, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Writes step-N.safetensors, then step-N.json, which vouches for it; keeps this checkpoint and the one before."""
+    tensors = {f"model.{n}": p.detach() for n, p in parameters.items()} | {f"average.{n}": a for n, a in average.items()}
+    for name, p in parameters.items():
+        tensors |= {f"optimizer.{key}.{name}": v for key, v in optimizer.state[p].items()}
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    path = folder / f"step-{step:07d}.safetensors"
+    write_atomically(path, lambda beside: save_file(tensors, beside))
+    note = json.dumps({"step": step, "bytes": path.stat().st_size, "torch": torch.__version__})
+    write_atomically(path.with_suffix(".json"), lambda beside: beside.write_text(note))
+    for old in sorted(folder.glob("step-*.json"))[:-2]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def resume(folder: Path, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> int:
+    """Takes up the newest whole checkpoint in a folder and returns its step; 0 if there is none.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    for note in sorted(folder.glob("step-*.json"), reverse=True):
+        path = note.with_suffix(".safetensors")
+        try:
+            step, size = (json.loads(note.read_text())[key] for key in ("step", "bytes"))
+            if path.stat().st_size != size:
+                raise ValueError(f"{path.stat().st_size} bytes, not {size}")
+            with safe_open(path, framework="pt") as f:
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            tqdm.write(f"{path} is damaged ({error}); falling back to the checkpoint before it")
+            continue
+        _restore(path, tensors, parameters, average, optimizer)
+        return step
+    return 0
+
+
+def _restore(path: Path, tensors: dict, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> None:
+    found = {n.removeprefix("model."): tuple(t.shape) for n, t in tensors.items() if n.startswith("model.")}
+    wanted = {n: tuple(p.shape) for n, p in parameters.items()}
+    if found != wanted:
+        odd = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+        raise ValueError(f"{path} is a checkpoint of another model: {len(odd)} tensors differ, {odd[0]} first; use another folder")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"model.{name}"])
+            average[name].copy_(tensors[f"average.{name}"])
+            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {k: v if k == "step" else v.to(p).contiguous(memory_format=_format(p)) for k, v in state.items()}
+
+
+def _format(p: Tensor) -> torch.memory_format:
+    """How a parameter lies in memory, which the optimizer's fused step wants its moments to share."""
+    return torch.channels_last if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+# ---------------------------------------------------------------------------------------------------------- the two stages
+
+
+def train_autoencoder(vae: AutoencoderKL, dataset: Dataset, cfg: Fit, folder: Path | None = None, **loss: float) -> Iterator[Progress]:
+    """First stage: teaches an autoencoder to give pictures back.
+
+    Args:
+        vae: changed in place.
+        dataset: where the pictures come from.
+        cfg: how long and how boldly.
+        folder: for checkpoints, or None.
+        loss: weights passed on to `vae_loss`.
+    """
+    device = next(vae.parameters()).device
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = step_generator(cfg.seed, step)
+        picks = torch.randint(len(dataset), (cfg.batch_size,), generator=generator).tolist()
+        x = dataset.batch(picks)[0].to(device, memory_format=torch.channels_last)
+        recon, posterior = vae(x, generator)
+        return vae_loss(x, recon, posterior, **loss)
+
+    yield from fit(vae.to(memory_format=torch.channels_last), loss_at, cfg, folder)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Pictures encoded once and kept: the diffusion never sees a pixel."""
+
+    mean: Tensor  # (N, C, h, w)
+    std: Tensor  # (N, C, h, w)
+    captions: list[str]
+    scaling_factor: float  # 1 / standard deviation of the latents
+
+    def sample(self, picks: Tensor, generator: torch.Generator) -> Tensor:
+        """Scaled latents drawn from the encoder's distributions of these pictures, (len(picks), C, h, w)."""
+        mean, std = self.mean[picks], self.std[picks]
+        return (mean + std * torch.randn(mean.shape, generator=generator)) * self.scaling_factor
+
+
+@torch.no_grad()
+def cache_latents(vae: AutoencoderKL, dataset: Dataset, count: int, batch_size: int = 128) -> Generator[Progress, None, Latents]:
+    """Encodes the first `count` pictures of a dataset; returns them as `Latents`."""
+    device = next(vae.parameters()).device
+    means, stds, captions = [], [], []
+    count = min(count, len(dataset))
+    for start in range(0, count, batch_size):
+        x, words = dataset.batch(range(start, min(start + batch_size, count)))
+        posterior = vae.encode(x.to(device, memory_format=torch.channels_last))
+        means.append(posterior.mean.float().cpu().contiguous())
+        stds.append(posterior.std.float().cpu().contiguous())
+        captions += words
+        yield Progress(len(captions), count, 0.0)
+    mean, std = torch.cat(means), torch.cat(stds)
+    spread = (mean.var() + std.square().mean()).sqrt().item()  # of samples: what the means vary, and what each adds
+    return Latents(mean, std, captions, 1 / spread)
+
+
+def train_diffusion(
+    unet: UNet,
+    text: TextEncoder,
+    schedule: NoiseSchedule,
+    latents: Latents,
+    ids: Tensor,
+    empty: Tensor,
+    cfg: Fit,
+    folder: Path | None = None,
+    *,
+    prediction_type: str = "v_prediction",
+    dropout: float = 0.1,
+    min_snr_gamma: float | None = 5.0,
+) -> Iterator[Progress]:
+    """Second stage: teaches a U-Net to denoise latents, and with it the text encoder to say what it must know.
+
+    Args:
+        unet: changed in place.
+        text: changed in place.
+        schedule: how much noise there is at each timestep.
+        latents: encoded pictures, N of them.
+        ids: their captions, tokenised, (N, L).
+        empty: the empty caption, tokenised, (1, L).
+        cfg: how long and how boldly.
+        folder: for checkpoints, or None.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        dropout: share of the captions replaced by the empty one, in [0, 1]: what guidance needs.  Ho & Salimans 2022.
+        min_snr_gamma: where the loss weight of clean timesteps is cut off, or None.  Hang et al. 2023.
+    """
+    device = next(unet.parameters()).device
+    model = nn.ModuleDict({"unet": unet, "text": text}).to(memory_format=torch.channels_last)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = step_generator(cfg.seed, step)
+        picks = torch.randint(len(latents.captions), (cfg.batch_size,), generator=generator)
+        x0 = latents.sample(picks, generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(schedule.T, (cfg.batch_size,), generator=generator)
+        silent = torch.rand(cfg.batch_size, generator=generator) < dropout
+        words = torch.where(silent[:, None], empty, ids[picks]).to(device)
+
+        noisy = schedule.add_noise(x0, noise, t).to(device, memory_format=torch.channels_last)
+        hidden, pooled = text(words)
+        pred = unet(noisy, t.to(device), hidden, pooled if unet.cfg.pooled_dim else None)
+        target = schedule.target(x0, noise, t, prediction_type).to(device)
+        error = F.mse_loss(pred.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+        if min_snr_gamma is not None:
+            error = error * schedule.min_snr_weight(t, prediction_type, min_snr_gamma).to(error)
+        return error.mean(), {}
+
+    yield from fit(model, loss_at, cfg, folder)

@@ -93,9 +93,7 @@ class SpatialTransformer(nn.Module):
         ValueError: channels is not a multiple of heads.
     """
 
-    def __init__(
-        self, channels: int, context_dim: int, heads: int, depth: int = 1, linear: bool = False, groups: int = 32
-    ):
+    def __init__(self, channels: int, context_dim: int, heads: int, depth: int = 1, linear: bool = False, groups: int = 32):
         super().__init__()
         if channels % heads:
             raise ValueError(f"{channels} channels do not divide into {heads} heads; choose a divisor of {channels}")

@@ -30,6 +30,7 @@ EMOJI_FONTS = (
     "C:/Windows/Fonts/seguiemj.ttf",  # Windows
 )
 _FONT_SIZES = (109, 160, 96)  # a bitmap font has one size or a few: Noto 109, Apple 160 and 96; outlines take any
+_EMOJI_BLOCKS = (0xA9, 0xAE, *range(0x203C, 0x3300), *range(0x1F000, 0x20000))  # where Unicode keeps all its emoji
 _NOT_PICTURES = re.compile("regional indicator|emoji modifier|emoji component|combining|tag|squared cjk")
 _REWRITES = (
     (r"^heavy black heart$", "red heart"),
@@ -115,7 +116,7 @@ class Emoji(Pictures):
         self.font = find_emoji_font(font)
         face = _load_font(self.font)
         captions, boxes = {}, {}
-        for codepoint in range(0xA9, 0x20000):  # below are the digits, # and *, which are keycaps in waiting
+        for codepoint in _EMOJI_BLOCKS:
             name = unicodedata.name(chr(codepoint), "").lower()
             if name and not _NOT_PICTURES.match(name) and (glyph := _measure(chr(codepoint), face)):
                 boxes[codepoint], colorfulness = glyph
@@ -284,15 +285,13 @@ def _load_picture(path: Path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _BadRow(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except UnidentifiedImageError:
-        raise _BadRow("is not a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM picture") from None
+        raise _BadRow("is no readable PNG, JPEG, WebP, GIF, BMP, TIFF or PPM picture") from None
     except Exception as error:  # a decoder that is given a broken file may raise anything
         raise _BadRow(f"cannot be read as an image ({error})") from None
 
 
 def _square_rgb(picture: Image.Image) -> Image.Image:
     side = min(picture.size)
-    if side == 0:
-        raise _BadRow("has no pixels")
     x, y = (picture.width - side) // 2, (picture.height - side) // 2
     picture = picture.crop((x, y, x + side, y + side))
     if picture.mode == "F" or picture.mode.startswith("I"):  # Pillow would clip these at 255
@@ -318,8 +317,8 @@ def torchvision_set(
         download: fetch the files if they are not there; otherwise nothing touches the network.
 
     Raises:
-        FileNotFoundError: the files are missing, or could not be fetched; says how to get them.
-        ValueError: the name is unknown, the files are damaged, or size is not positive.
+        FileNotFoundError: the files are missing, damaged, or could not be fetched; says how to get them.
+        ValueError: the name is unknown, or size is not positive.
     """
     _check_size(size)
     if name not in _TORCHVISION:
@@ -329,17 +328,16 @@ def torchvision_set(
     kind, folder, megabytes, class_captions = _TORCHVISION[name]
     remedy = (
         f"torchvision_set({name!r}, root={str(root)!r}, download=True) fetches it ({megabytes} MB) where there is a network; "
-        f"if {Path(root) / folder} exists but is damaged, delete it first"
+        f"if {Path(root) / folder} is there, delete it first"
     )
     try:
         source = getattr(torchvision.datasets, kind)(root=root, train=train, download=download)
         captions = [class_captions[int(label)] for label in source.targets]
         pixels = torch.stack([_to_pixels(Image.fromarray(np.asarray(values)).convert("RGB"), size) for values in source.data])
         return Pictures(name=name, pixels=pixels, captions=captions)
-    except (RuntimeError, OSError) as error:
-        raise FileNotFoundError(f"{name} is not complete under {root} ({error}); {remedy}") from error
-    except (ValueError, TypeError, AssertionError, LookupError) as error:
-        raise ValueError(f"{name} under {root} is damaged ({error!r}); {remedy}") from error
+    except (RuntimeError, OSError, ValueError, TypeError, AssertionError, LookupError) as error:
+        reason = " ".join(str(error).split()) or "a file is cut short"
+        raise FileNotFoundError(f"{name} is missing or damaged under {root} ({reason}); {remedy}") from error
 
 
 def open_dataset(name_or_dir: str | Path, size: int) -> Pictures | Shapes:

@@ -5,9 +5,11 @@ the generator never saw.  Its own accuracy on fresh renders is stored beside its
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from minildm.shapes import FIELDS
@@ -26,10 +28,10 @@ class Judge(nn.Module):
         self.size = size
         self.features = nn.Sequential(
             nn.Conv2d(3, width, kernel_size=3, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(width, width, kernel_size=3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, 2 * width, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
-            nn.Conv2d(2 * width, 2 * width, kernel_size=3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
-            nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(4 * width), nn.ReLU(),
+            nn.Conv2d(width, width, kernel_size=3, padding=1), nn.GroupNorm(8, width), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, kernel_size=3, stride=2, padding=1), nn.GroupNorm(8, 2 * width), nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, kernel_size=3, padding=1), nn.GroupNorm(8, 2 * width), nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1), nn.GroupNorm(8, 4 * width), nn.ReLU(),
             nn.Flatten(), nn.Linear(4 * width * (size // 8) ** 2, 256), nn.ReLU(),
         )  # fmt: skip
         self.heads = nn.ModuleList([nn.Linear(256, len(names)) for names in FIELDS.values()])
@@ -56,6 +58,23 @@ class Judge(nn.Module):
         return torch.cat([torch.stack([logit.argmax(dim=1) for logit in chunk], dim=1) for chunk in chunks]).cpu()
 
 
+def load_judge(size: int = 32) -> tuple[Judge, dict[str, str]]:
+    """The shipped judge for Shapes of one size, and what its file says of it: recipe, versions, its accuracy on real renders.
+
+    Raises:
+        FileNotFoundError: no judge of that size is shipped; says how to train one.
+    """
+    path = Path(__file__).parent / "weights" / f"judge-shapes{size}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no judge at {path}; train one: python -m minildm train judge --size {size} --out {path.parent}"
+        )
+    with safe_open(path, framework="pt") as f:
+        judge = Judge(size=size)
+        judge.load_state_dict({name: f.get_tensor(name).float() for name in f.keys()})  # noqa: SIM118
+        return judge.eval(), f.metadata()
+
+
 @dataclass(frozen=True)
 class CaptionAccuracy:
     """How often pictures show what their captions say, as shares in [0, 1]."""
@@ -77,7 +96,9 @@ def caption_accuracy(read: Tensor, attributes: Tensor, mentioned: Tensor | None 
         ValueError: no pictures, or shapes that differ.
     """
     if read.shape != attributes.shape or len(read) == 0:
-        raise ValueError(f"read is {tuple(read.shape)} and attributes {tuple(attributes.shape)}; expected the same (N, 8), N > 0")
+        raise ValueError(
+            f"read is {tuple(read.shape)} and attributes {tuple(attributes.shape)}; expected the same (N, 8), N > 0"
+        )
     asked = attributes >= 0 if mentioned is None else mentioned & (attributes >= 0)
     right = read == attributes
     each = {name: right[asked[:, k], k].float().mean().item() for k, name in enumerate(FIELDS) if asked[:, k].any()}

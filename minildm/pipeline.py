@@ -161,7 +161,9 @@ class Pipeline:
         write_atomically(folder / "model.json", lambda beside: beside.write_text(json.dumps(settings, indent=1)))
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
+    def load(
+        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "Pipeline":
         """Reads what `save` wrote.
 
         Args:

@@ -17,7 +17,17 @@ from minildm.metrics import Judge, caption_accuracy
 from minildm.schedule import NoiseSchedule
 from minildm.shapes import Shapes
 from minildm.tokenizer import Tokenizer
-from minildm.train import Dataset, Fit, Progress, best_device, cache_latents, fit, step_generator, train_autoencoder, train_diffusion
+from minildm.train import (
+    Dataset,
+    Fit,
+    Progress,
+    best_device,
+    cache_latents,
+    fit,
+    step_generator,
+    train_autoencoder,
+    train_diffusion,
+)
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 
@@ -63,7 +73,9 @@ class Parts(NamedTuple):
 Run = Callable[[Iterator[Progress], str], object]
 
 
-def train_parts(recipe: Recipe, dataset: Dataset, run: Run, folder: Path | None = None, device: torch.device | None = None) -> Parts:
+def train_parts(
+    recipe: Recipe, dataset: Dataset, run: Run, folder: Path | None = None, device: torch.device | None = None
+) -> Parts:
     """Trains autoencoder, text encoder and U-Net from nothing.
 
     Args:

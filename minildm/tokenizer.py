@@ -124,58 +124,52 @@ def learn_merges(word_counts: dict[str, int], n: int) -> list[Pair]:
 
 
 class Tokenizer:
-    """A vocabulary and the rules to apply it: text in, ids out, and back.  Made by `train`, `clip` or `load`.
+    """Text in, ids out, and back.  A vocabulary is its list of merges: `train` learns one, `clip` and `load` read one.
 
     A vocabulary trained here is lossless: `decode(encode(text)) == text` for every text.  CLIP's cleans first (Unicode
     form NFC, lower case, white space dropped) and marks the last byte of each word.  Where a text spells out one of CLIP's
     special tokens, padding included, it becomes that token, as in the reference: with padding 0, "!", every "!" does.
 
     Args, all of them attributes afterwards:
-        vocab: id of each token, written in the byte alphabet; the ids are 0 to len(vocab) - 1.
         merges: the pairs to glue, first to last.
         context_length: L, ids in a row, start and end included; at least 3.
-        pad_id: what fills a row after the end; by default `end_id`.
+        pad_id: what fills a row after the end, in [0, vocab_size); by default `end_id`.
         lowercase: whether to lower the text; what was upper case is then lost.
         end_of_word: "" for a vocabulary trained here, "</w>" for one that follows CLIP's rules.
 
-    Further attributes: `vocab_size`, `start_id`, `end_id`, and `tokens`, the token of each id.
+    Further attributes: `vocab_size`, `start_id`, `end_id`; `tokens`, the token of each id; `vocab`, the id of each token.
 
     Raises:
-        ValueError: the vocabulary lacks a byte, a special token or what a merge needs; or an argument is out of range.
+        ValueError: a merge glues what no merge before it made, or an argument is out of range.
     """
 
     def __init__(
         self,
         *,
-        vocab: dict[str, int],
         merges: list[Pair],
         context_length: int = 77,
         pad_id: int | None = None,
         lowercase: bool = False,
         end_of_word: str = "",
     ) -> None:
-        needed = [*_number(merges, end_of_word), *(symbol for pair in merges for symbol in pair)]
-        if missing := [token for token in dict.fromkeys(needed) if token not in vocab]:
-            raise ValueError(
-                f"the vocabulary lacks {len(missing)} tokens, such as {missing[:3]}: do its files belong together?"
-            )
-        self.tokens = sorted(vocab, key=vocab.__getitem__)
-        if [vocab[token] for token in self.tokens] != list(range(len(vocab))):
-            raise ValueError(f"the ids of {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each once: is the file complete?")
+        alphabet = [symbol + ending for ending in dict.fromkeys(("", end_of_word)) for symbol in SYMBOL_OF.values()]
+        self.tokens = list(dict.fromkeys([*alphabet, *("".join(pair) for pair in merges), START, END]))
+        self.vocab = {token: i for i, token in enumerate(self.tokens)}
+        self.vocab_size, self.start_id, self.end_id = len(self.vocab), self.vocab[START], self.vocab[END]
+        self.merges, self.context_length, self.lowercase, self.end_of_word = merges, context_length, lowercase, end_of_word
+        self.pad_id = self.end_id if pad_id is None else pad_id
+        if wrong := [pair for pair in merges if len(pair) != 2 or not self.vocab.keys() >= {*pair}]:
+            raise ValueError(f"{wrong[0]} is no merge of two known symbols: is the vocabulary file damaged?")
         if context_length < 3:
             raise ValueError(f"context_length is {context_length}, expected 3 or more: start, one token, end")
-        if pad_id is not None and not 0 <= pad_id < len(vocab):
-            raise ValueError(f"pad_id is {pad_id}, expected an id in [0, {len(vocab)})")
-        self.vocab, self.merges, self.vocab_size = vocab, merges, len(vocab)
-        self.context_length, self.lowercase, self.end_of_word = context_length, lowercase, end_of_word
-        self.start_id, self.end_id = vocab[START], vocab[END]
-        self.pad_id = self.end_id if pad_id is None else pad_id
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(f"pad_id is {pad_id}, expected an id in [0, {self.vocab_size})")
 
         self._rank = {pair: i for i, pair in enumerate(merges)}
         self._bytes = [_token_bytes(token, end_of_word) for token in self.tokens]
         special = (START, END, self.tokens[self.pad_id]) if end_of_word else ()
         self._special = re.compile(f"({'|'.join(re.escape(token) for token in special)})")
-        self._known = {token: [vocab[token]] for token in special}  # the ids of words met before
+        self._known = {token: [self.vocab[token]] for token in special}  # the ids of words met before
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, context_length: int = 77, lowercase: bool = False) -> "Tokenizer":
@@ -193,14 +187,16 @@ class Tokenizer:
         if isinstance(texts, str):
             raise TypeError("texts is one string, expected a list of strings: put it in brackets")
         texts = _strings(texts)
-        n_merges = vocab_size - len(SYMBOL_OF) - 2
-        if n_merges < 0:
+        if vocab_size < len(SYMBOL_OF) + 2:
             raise ValueError(f"vocab_size is {vocab_size}, expected 258 or more: 256 bytes and 2 special tokens")
         word_counts = Counter(word for text in texts for word in cut(lower(text) if lowercase else text, OUR_WORDS))
         if not word_counts:
             raise ValueError(f"the corpus is empty, {len(texts)} texts without a character: give some captions to learn from")
-        merges = learn_merges(word_counts, n_merges)
-        return cls(vocab=_number(merges, ""), merges=merges, context_length=context_length, lowercase=lowercase)
+        return cls(
+            merges=learn_merges(word_counts, vocab_size - len(SYMBOL_OF) - 2),
+            context_length=context_length,
+            lowercase=lowercase,
+        )
 
     @classmethod
     def clip(cls, vocab_file: str | Path, *, context_length: int | None = None, pad_id: int | None = None) -> "Tokenizer":
@@ -225,11 +221,15 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path, *, context_length: int | None = None, pad_id: int | None = None) -> "Tokenizer":
         """Read what `save` wrote, or anything that `clip` reads; arguments and errors as there."""
-        given = {"context_length": context_length, "pad_id": pad_id}
         try:
-            return cls(**_read(Path(folder)) | {name: value for name, value in given.items() if value is not None})
+            fields, vocab = _read(Path(folder))
+            given = {"context_length": context_length, "pad_id": pad_id}
+            tokenizer = cls(**fields | {name: value for name, value in given.items() if value is not None})
         except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{folder} is damaged or no vocabulary ({error!r}): fetch or save it again") from error
+        if vocab not in (None, tokenizer.vocab):
+            raise ValueError(f"{folder} numbers its tokens in another order than its merges make them: do its files match?")
+        return tokenizer
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, and so does transformers: `AutoTokenizer.from_pretrained` gives the same ids.
@@ -337,11 +337,6 @@ def _strings(texts: Iterable[str]) -> list[str]:
     return texts
 
 
-def _number(merges: Iterable[Pair], end_of_word: str) -> dict[str, int]:
-    alphabet = [symbol + end for end in dict.fromkeys(("", end_of_word)) for symbol in SYMBOL_OF.values()]
-    return {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges), START, END])}
-
-
 def _token_bytes(token: str, end_of_word: str) -> bytes:
     stem = token.removesuffix(end_of_word)
     return bytes(BYTE_OF[symbol] for symbol in stem) + (b"" if stem == token else b" ")
@@ -349,58 +344,52 @@ def _token_bytes(token: str, end_of_word: str) -> bytes:
 
 # ---- files: OpenAI's list of merges, transformers' vocab.json with merges.txt, tokenizer.json --------------------------
 
-_PRE_TOKENIZER = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": OUR_WORDS}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ],
-}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_SPLIT = {"type": "Split", "pattern": {"Regex": OUR_WORDS}, "behavior": "Isolated", "invert": False}
+_PRE_TOKENIZER = {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTE_LEVEL]}
 
 
 def _describe(tokenizer: Tokenizer) -> dict:
-    """Describe a tokenizer trained here in the terms of a tokenizer.json, for transformers to do the same."""
-    special = {START: tokenizer.start_id, END: tokenizer.end_id}
+    """Describe a tokenizer trained here in the terms of a tokenizer.json, so that transformers does the same."""
+    start, end = (START, tokenizer.start_id), (END, tokenizer.end_id)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    around = {"cls": [START, tokenizer.start_id], "sep": [END, tokenizer.end_id], "trim_offsets": False}
+    around = {"type": "RobertaProcessing", "cls": start, "sep": end, "trim_offsets": False, "add_prefix_space": False}
     return {
-        "added_tokens": [{"id": i, "content": token} | flags for token, i in special.items()],
+        "added_tokens": [{"content": token, "id": i} | flags for token, i in (start, end)],
         "normalizer": {"type": "Lowercase"} if tokenizer.lowercase else None,
         "pre_tokenizer": _PRE_TOKENIZER,
-        "post_processor": {"type": "RobertaProcessing", "add_prefix_space": False} | around,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        "model": {"type": "BPE", "end_of_word_suffix": None, "vocab": tokenizer.vocab, "merges": tokenizer.merges},
+        "post_processor": around,
+        "decoder": _BYTE_LEVEL,
+        "model": {"type": "BPE", "vocab": tokenizer.vocab, "merges": tokenizer.merges},
     }
 
 
-def _read(path: Path) -> dict:
-    """Read a vocabulary in any format, and the settings beside it, as the arguments of `Tokenizer`."""
+def _read(path: Path) -> tuple[dict, dict[str, int] | None]:
+    """Read a vocabulary in any format: the arguments of `Tokenizer`, and the ids of the tokens where the file has them."""
     if path.is_dir():
         pair = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
         path /= "vocab.json" if pair else "tokenizer.json"
     if not path.is_file():
         kinds = "bpe_simple_vocab_16e6.txt.gz, or a folder with vocab.json and merges.txt, or with tokenizer.json"
         raise FileNotFoundError(f"no vocabulary at {path}: expected {kinds}")
-    clip = {"lowercase": True, "end_of_word": END_OF_WORD}
+    rules = {"lowercase": True, "end_of_word": END_OF_WORD}
     if path.suffix != ".json":
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         merges = _pairs(data.decode().split("\n")[1 : CLIP_MERGES + 1])
         if len(merges) < CLIP_MERGES:
             raise ValueError(f"{path} holds {len(merges)} merges, expected CLIP's {CLIP_MERGES}: is the file complete?")
-        return {"vocab": _number(merges, END_OF_WORD), "merges": merges} | clip
+        return {"merges": merges} | rules, None
 
-    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content = json.loads(path.read_text(encoding="utf-8"))
     if "pre_tokenizer" in content:  # a tokenizer.json
-        model, fields = content["model"], clip
-        if model.get("end_of_word_suffix") != END_OF_WORD:
-            fields = {"lowercase": content["normalizer"] is not None}
-            if content["pre_tokenizer"] != _PRE_TOKENIZER:
-                raise ValueError(f"{path} is neither CLIP's nor ours: its rules to cut words are not known here")
-        vocab, merges = model["vocab"], _pairs(model["merges"])
+        vocab, merges = content["model"]["vocab"], _pairs(content["model"]["merges"])
+        if content["pre_tokenizer"] == _PRE_TOKENIZER:
+            rules = {"lowercase": content["normalizer"] is not None}
+        elif content["model"]["end_of_word_suffix"] != END_OF_WORD:
+            raise ValueError(f"{path} is neither CLIP's nor ours: its rules to cut words are not known here")
     else:
-        vocab, fields = content, clip
         merges = _pairs(path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")[1:])
-    return {"vocab": vocab, "merges": merges} | fields | _settings(path.parent, vocab)
+    return {"merges": merges} | rules | _settings(path.parent, vocab), vocab
 
 
 def _pairs(merges: Iterable[str | list[str]]) -> list[Pair]:

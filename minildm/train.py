@@ -106,7 +106,9 @@ def fit(
         value = loss.item()
         if not math.isfinite(value):
             kept = f"; the last good checkpoint is in {folder}" if folder else ""
-            raise FloatingPointError(f"the loss is {value} at step {step + 1} of {cfg.steps}: try a lower lr than {cfg.lr}{kept}")
+            raise FloatingPointError(
+                f"the loss is {value} at step {step + 1} of {cfg.steps}: try a lower lr than {cfg.lr}{kept}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), cfg.clip)
@@ -147,7 +149,7 @@ def watch(progress: Generator[Progress, None, Result] | Iterator[Progress], labe
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a file beside `path`, then renames it over: the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(beside)
         with open(beside, "rb") as f:
@@ -199,24 +201,32 @@ def _restore(path: Path, tensors: dict, parameters: dict, average: dict, optimiz
     wanted = {n: tuple(p.shape) for n, p in parameters.items()}
     if found != wanted:
         odd = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-        raise ValueError(f"{path} is a checkpoint of another model: {len(odd)} tensors differ, {odd[0]} first; use another folder")
+        raise ValueError(
+            f"{path} is a checkpoint of another model: {len(odd)} tensors differ, {odd[0]} first; use another folder"
+        )
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"model.{name}"])
             average[name].copy_(tensors[f"average.{name}"])
             state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {k: v if k == "step" else v.to(p).contiguous(memory_format=_format(p)) for k, v in state.items()}
+            optimizer.state[p] = {
+                k: v if k == "step" else v.to(p).contiguous(memory_format=_format(p)) for k, v in state.items()
+            }
 
 
 def _format(p: Tensor) -> torch.memory_format:
     """How a parameter lies in memory, which the optimizer's fused step wants its moments to share."""
-    return torch.channels_last if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return (
+        torch.channels_last if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the two stages
 
 
-def train_autoencoder(vae: AutoencoderKL, dataset: Dataset, cfg: Fit, folder: Path | None = None, **loss: float) -> Iterator[Progress]:
+def train_autoencoder(
+    vae: AutoencoderKL, dataset: Dataset, cfg: Fit, folder: Path | None = None, **loss: float
+) -> Iterator[Progress]:
     """First stage: teaches an autoencoder to give pictures back.
 
     Args:
@@ -254,7 +264,9 @@ class Latents:
 
 
 @torch.no_grad()
-def cache_latents(vae: AutoencoderKL, dataset: Dataset, count: int, batch_size: int = 128) -> Generator[Progress, None, Latents]:
+def cache_latents(
+    vae: AutoencoderKL, dataset: Dataset, count: int, batch_size: int = 128
+) -> Generator[Progress, None, Latents]:
     """Encodes the first `count` pictures of a dataset; returns them as `Latents`."""
     device = next(vae.parameters()).device
     means, stds, captions = [], [], []

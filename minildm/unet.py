@@ -34,10 +34,14 @@ class UNetConfig:
 
     def __post_init__(self):
         if not len(self.widths) == len(self.depths) == len(self.heads):
-            raise ValueError(f"widths {self.widths}, depths {self.depths} and heads {self.heads}: one entry a level, the same number")
+            raise ValueError(
+                f"widths {self.widths}, depths {self.depths} and heads {self.heads}: one entry a level, the same number"
+            )
         for width in self.widths:
             if width % self.groups:
-                raise ValueError(f"a width of {width} does not divide into {self.groups} groups; choose groups that divide {self.widths}")
+                raise ValueError(
+                    f"a width of {width} does not divide into {self.groups} groups; choose groups that divide {self.widths}"
+                )
 
     @classmethod
     def sd15(cls) -> "UNetConfig":
@@ -131,6 +135,19 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(cfg.groups, first)
         self.conv_out = nn.Conv2d(first, cfg.out_channels * cfg.patch**2, kernel_size=3, padding=1)
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        """Every branch begins by adding nothing, and the network by predicting zero: deep networks learn faster from there."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
+            if isinstance(module, SpatialTransformer):
+                nn.init.zeros_(module.proj_out.weight)
+                nn.init.zeros_(module.proj_out.bias)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
 
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, residuals: list[Tensor] | None = None

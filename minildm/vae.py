@@ -193,7 +193,9 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"encode takes pictures (B, {self.cfg.in_channels}, H, W), and was given {tuple(x.shape)}")
         f = self.cfg.downsampling
         if x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"pictures of {x.shape[2]} x {x.shape[3]} pixels: both sides must be multiples of {f}; crop or resize")
+            raise ValueError(
+                f"pictures of {x.shape[2]} x {x.shape[3]} pixels: both sides must be multiples of {f}; crop or resize"
+            )
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def tiny_font(tmp_path: Path) -> Path:
     builder.setupGlyphOrder([".notdef", *names.values(), "big", "small"])
     builder.setupCharacterMap(names)
     big, small = square(1000), square(500)
-    outlines = dict.fromkeys([".notdef", *names.values(), "big"], big) | {"small": small, "square": small}
+    outlines = dict.fromkeys([*names.values(), "big"], big) | {"small": small, "square": small, ".notdef": square(0)}
     builder.setupGlyf(outlines)
     builder.setupHorizontalMetrics(dict.fromkeys(outlines, (1000, 0)))
     builder.setupHorizontalHeader(ascent=1000, descent=0)
@@ -117,7 +117,7 @@ def tiny_font(tmp_path: Path) -> Path:
     builder.setupOS2()
     builder.setupPost()
     red, yellow, white = 0, 1, 2
-    colored = dict.fromkeys(["hash", "flag", "tone", "cat"], [("big", red)])
+    colored = {name: [("big", red)] for name in ("hash", "flag", "tone", "cat")}
     builder.setupCOLR(colored | {"star": [("big", yellow)], "square": [("small", white)]})
     builder.setupCPAL([[(1.0, 0.0, 0.0, 1.0), (1.0, 0.8, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0)]])
     path = tmp_path / "tiny.ttf"
@@ -322,11 +322,11 @@ def test_folder_names_bad_lines_and_goes_on(tmp_path: Path):
         (row("cats/x.png"), "line 9: cats/x.png: no such file"),
         (row("."), "line 10: .: no such file"),
         (row("cut.png"), "line 11: cut.png: cannot be read as an image (image file is truncated"),
-        (row("note.png"), "line 12: note.png: is not a PNG"),
-        (row("empty.jpg"), "line 13: empty.jpg: is not a PNG"),
+        (row("note.png"), "line 12: note.png: is no readable PNG"),
+        (row("empty.jpg"), "line 13: empty.jpg: is no readable PNG"),
         (row("float.tiff"), "line 14: float.tiff: has pixels of more than 16 bits"),
-        (row("drawing.eps"), "line 15: drawing.eps: is not a PNG"),
-        (row("empty.ppm"), "line 16: empty.ppm: "),
+        (row("drawing.eps"), "line 15: drawing.eps: is no readable PNG"),
+        (row("empty.ppm"), "line 16: empty.ppm: is no readable PNG"),
         (row("a\0b.png"), "line 17: a\0b.png: is no usable path"),
         (row("n" * 5000), f"line 18: {'n' * 5000}: is no usable path"),
         ({"file_name": 7, "text": "a number"}, 'line 19: has no "file_name"'),
@@ -462,7 +462,7 @@ def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert torchvision_set("cifar10", root=tmp_path, train=False).captions == ["a photo of a truck"]
 
     monkeypatch.undo()  # with the published checksums these files are not CIFAR-10, and nothing may unpickle them
-    with pytest.raises(FileNotFoundError, match="corrupted.*delete it first"):
+    with pytest.raises(FileNotFoundError, match=r"corrupted.*delete it first"):
         torchvision_set("cifar10", root=tmp_path)
 
 
@@ -492,15 +492,16 @@ def test_damaged_mnist_is_named(tmp_path: Path):
     raw = tmp_path / "MNIST" / "raw"
     write_mnist(raw)
     write_idx(raw / "train-labels-idx1-ubyte", np.array([1, 2, 10], dtype=np.uint8))  # there is no eleventh digit
-    with pytest.raises(ValueError, match="mnist under .* is damaged"):
+    with pytest.raises(FileNotFoundError, match="mnist is missing or damaged under"):
         torchvision_set("mnist", root=tmp_path)
     write_idx(raw / "train-labels-idx1-ubyte", np.array([1, 2], dtype=np.uint8))  # a label too few
-    with pytest.raises(ValueError, match="3 pictures and 2 captions"):
+    with pytest.raises(FileNotFoundError, match="3 pictures and 2 captions"):
         torchvision_set("mnist", root=tmp_path)
     images = raw / "train-images-idx3-ubyte"
-    images.write_bytes(images.read_bytes()[:100])
-    with pytest.raises(ValueError, match="delete it first"):
-        torchvision_set("mnist", root=tmp_path)
+    for length in (100, 8, 0):
+        images.write_bytes(images.read_bytes()[:length])
+        with pytest.raises(FileNotFoundError, match="delete it first"):
+            torchvision_set("mnist", root=tmp_path)
 
 
 def test_captions_follow_the_order_of_the_classes():
@@ -517,9 +518,13 @@ def test_captions_follow_the_order_of_the_classes():
 # ---- open_dataset
 
 
-def test_open_dataset_by_name(tmp_path: Path, emoji: Emoji):
-    assert open_dataset("shapes", size=32).name == "shapes"
-    assert open_dataset("emoji", size=32).captions == emoji.captions
+def test_open_dataset_by_name(monkeypatch: pytest.MonkeyPatch, tiny_font: Path, tmp_path: Path):
+    assert (open_dataset("shapes", size=32).name, open_dataset("shapes", size=32).size) == ("shapes", 32)
+    monkeypatch.setattr(data, "EMOJI_FONTS", (str(tiny_font),))
+    assert (open_dataset("emoji", size=24).name, open_dataset("emoji", size=24).size) == ("emoji", 24)
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path / "datasets" / "MNIST" / "raw")
+    assert (open_dataset("mnist", size=8).name, open_dataset("mnist", size=8).size) == ("mnist", 8)
 
 
 def test_open_dataset_refuses_the_unknown_and_lists_the_known(tmp_path: Path):

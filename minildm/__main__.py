@@ -265,7 +265,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    from minildm.train import write_atomically
+    from minildm.checkpoint import write_atomically
 
     write_atomically(path, write)
 

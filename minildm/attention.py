@@ -1,5 +1,9 @@
-"""Attention: every position looks at every other (self-attention), or at the words of the caption (cross-attention)."""
+"""Attention: every position looks at every other (self-attention), or at the words of the caption (cross-attention).
 
+First the attention itself, then the two transformer blocks around it: the U-Net's, and the plainer one of CLIP.
+"""
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -13,12 +17,21 @@ class CrossAttention(nn.Module):
         context_dim: features of the positions that answer; None for self-attention.
         heads: number of heads.
         dim_head: features of one head; heads * dim_head is often, but need not be, dim.
-        bias: whether queries, keys and values have a bias.  The U-Net's have none, the autoencoder's do.
+        bias: whether queries, keys and values have a bias.  The U-Net's have none, the autoencoder's and CLIP's do.
+        causal: whether each position sees only itself and those before it, as in a text encoder.
     """
 
-    def __init__(self, dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, bias: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        bias: bool = False,
+        causal: bool = False,
+    ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
         self.to_k = nn.Linear(context_dim or dim, heads * dim_head, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, heads * dim_head, bias=bias)
@@ -29,7 +42,7 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(y, "b l (h d) -> b h l d", h=self.heads) for y in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # softmax(q k^T / sqrt(d)) v
         return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
 
 
@@ -135,3 +148,55 @@ class SpatialSelfAttention(nn.Module):
         """(B, C, H, W) to (B, C, H, W)."""
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
         return x + rearrange(self.attn(h), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid stand-in for GELU that OpenAI's CLIP was trained with, for any shape.  Hendrycks and Gimpel 2016, sec. 2."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class MLP(nn.Module):
+    """Two linear maps with an activation between, for each token alone.
+
+    Args:
+        width: features of each token, D.
+        hidden: features in the middle.
+        activation: "gelu" or "quick_gelu".
+    """
+
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, D)."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class PreNormBlock(nn.Module):
+    """A transformer block with the norm before each branch, so that the residual stream runs through untouched.
+
+    Args:
+        width: features of each token, D.
+        heads: number of attention heads; divides width.
+        mlp_ratio: the MLP's middle is this many times the width.
+        activation: "gelu" or "quick_gelu".
+        causal: each token sees only itself and those before it (text), or all (pictures).
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int, activation: str, causal: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = CrossAttention(width, heads=heads, dim_head=width // heads, bias=True, causal=causal)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width=width, hidden=mlp_ratio * width, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, D)."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))

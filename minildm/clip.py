@@ -12,13 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid stand-in for GELU that OpenAI's CLIP was trained with, for any shape.  Hendrycks and Gimpel 2016, sec. 2."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+from minildm.attention import ACTIVATIONS, PreNormBlock
 
 
 def _check_tower(width: int, heads: int, activation: str) -> None:
@@ -110,74 +104,6 @@ class ImageConfig:
     def vit_l14(cls) -> "ImageConfig":
         """CLIP ViT-L/14, the picture side of Stable Diffusion 1's text encoder."""
         return cls()
-
-
-class SelfAttention(nn.Module):
-    """Attention of a sequence to itself, with several heads.  Vaswani et al. 2017, equation 1.
-
-    Args:
-        width: features of each token, D.
-        heads: number of heads; divides width.
-        causal: each token sees only itself and those before it.
-    """
-
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, D)."""
-        q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.to_out(rearrange(x, "b h l d -> b l (h d)"))
-
-
-class MLP(nn.Module):
-    """Two linear maps with an activation between, for each token alone.
-
-    Args:
-        width: features of each token, D.
-        hidden: features in the middle.
-        activation: "gelu" or "quick_gelu".
-    """
-
-    def __init__(self, width: int, hidden: int, activation: str) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, D)."""
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class PreNormBlock(nn.Module):
-    """A transformer block with the norm before each branch, so that the residual stream runs through untouched.
-
-    Args:
-        width: features of each token, D.
-        heads: number of attention heads; divides width.
-        mlp_ratio: the MLP's middle is this many times the width.
-        activation: "gelu" or "quick_gelu".
-        causal: each token sees only itself and those before it (text), or all (pictures).
-    """
-
-    def __init__(self, width: int, heads: int, mlp_ratio: int, activation: str, causal: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width=width, heads=heads, causal=causal)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width=width, hidden=mlp_ratio * width, activation=activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, D)."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 def _blocks(cfg: TextConfig | ImageConfig, causal: bool) -> nn.ModuleList:

@@ -20,7 +20,8 @@ from minildm.guidance import guided
 from minildm.samplers import SAMPLERS
 from minildm.schedule import NoiseSchedule
 from minildm.tokenizer import Tokenizer
-from minildm.train import best_device, write_atomically
+from minildm.checkpoint import write_atomically
+from minildm.train import best_device
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 

@@ -103,8 +103,8 @@ def train_parts(
     ).to(device)  # fmt: skip
     schedule = NoiseSchedule.cosine().zero_terminal_snr()
     stage = train_diffusion(
-        unet, text, schedule, latents, tokenizer(latents.captions), tokenizer([""]), recipe.second, folder and folder / "diffusion",
-        prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,
+        unet, text, schedule, latents, tokenizer(latents.captions), tokenizer([""]), recipe.second,
+        folder and folder / "diffusion", prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,
     )  # fmt: skip
     run(stage, "diffusion")
     return Parts(unet, vae, text, tokenizer, schedule)

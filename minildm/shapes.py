@@ -165,11 +165,8 @@ class Shapes:
         radius = np.array(_RADIUS[self.objects])
         for k in range(self.objects):
             size, color, shape = a[:, 1 + 4 * k], a[:, 2 + 4 * k], a[:, 3 + 4 * k]
-            if self.objects == 1:
-                center = _CENTER[a[:, 4]]
-            else:
-                center = 0.5 + (1 - 2 * k) * _OFFSET[a[:, 4] - len(POSITIONS)]
-            center = center + 0.05 * jitter[:, 4 * k : 4 * k + 2]
+            first = _CENTER[a[:, 4]] if self.objects == 1 else 0.5 + _OFFSET[a[:, 4] - len(POSITIONS)]
+            center = (1 - first if k else first) + 0.05 * jitter[:, 4 * k : 4 * k + 2]
             r = radius[size] * (1 + 0.12 * jitter[:, 4 * k + 2])
             cover = _coverage(shape, center.astype(np.float32), r.astype(np.float32), self.size)[:, None]  # (N, 1, H, W)
             image += cover * (paint[color, :, None, None] - image)
@@ -187,7 +184,7 @@ def _pick(u: np.ndarray, n: int) -> np.ndarray:
 
 
 def _hash_uniform(seed: int, index: np.ndarray, count: int) -> np.ndarray:
-    """`count` uniform numbers in [0, 1) for each index (N,), a function of seed and index alone.  SplitMix64, Steele et al. 2014."""
+    """Uniform numbers in [0, 1), (N, count), a function of seed and index (N,) alone.  SplitMix64, Steele et al. 2014."""
     with np.errstate(over="ignore"):
         start = np.uint64(seed % 2**64) * np.uint64(0xD1342543DE82EF95) + index[:, None] * np.uint64(0x9E3779B97F4A7C15)
         z = _mix(_mix(start) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))  # (N, count)

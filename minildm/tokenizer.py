@@ -186,17 +186,13 @@ class Tokenizer:
         """
         if isinstance(texts, str):
             raise TypeError("texts is one string, expected a list of strings: put it in brackets")
-        texts = _strings(texts)
-        if vocab_size < len(SYMBOL_OF) + 2:
+        texts, n_merges = _strings(texts), vocab_size - len(SYMBOL_OF) - 2
+        if n_merges < 0:
             raise ValueError(f"vocab_size is {vocab_size}, expected 258 or more: 256 bytes and 2 special tokens")
         word_counts = Counter(word for text in texts for word in cut(lower(text) if lowercase else text, OUR_WORDS))
         if not word_counts:
             raise ValueError(f"the corpus is empty, {len(texts)} texts without a character: give some captions to learn from")
-        return cls(
-            merges=learn_merges(word_counts, vocab_size - len(SYMBOL_OF) - 2),
-            context_length=context_length,
-            lowercase=lowercase,
-        )
+        return cls(merges=learn_merges(word_counts, n_merges), context_length=context_length, lowercase=lowercase)
 
     @classmethod
     def clip(cls, vocab_file: str | Path, *, context_length: int | None = None, pad_id: int | None = None) -> "Tokenizer":
@@ -252,7 +248,7 @@ class Tokenizer:
         for name, text in files.items():
             (folder / f"{name}.tmp").write_text(text, encoding="utf-8", newline="\n")
             os.replace(folder / f"{name}.tmp", folder / name)
-        for name in {"vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json"} - files.keys():
+        for name in {"vocab.json", "merges.txt", "tokenizer.json", *_SETTINGS} - files.keys():
             (folder / name).unlink(missing_ok=True)
 
     def __call__(self, texts: str | Iterable[str]) -> Tensor:
@@ -347,6 +343,7 @@ def _token_bytes(token: str, end_of_word: str) -> bytes:
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _SPLIT = {"type": "Split", "pattern": {"Regex": OUR_WORDS}, "behavior": "Isolated", "invert": False}
 _PRE_TOKENIZER = {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTE_LEVEL]}
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def _describe(tokenizer: Tokenizer) -> dict:
@@ -385,7 +382,7 @@ def _read(path: Path) -> tuple[dict, dict[str, int] | None]:
         vocab, merges = content["model"]["vocab"], _pairs(content["model"]["merges"])
         if content["pre_tokenizer"] == _PRE_TOKENIZER:
             rules = {"lowercase": content["normalizer"] is not None}
-        elif content["model"]["end_of_word_suffix"] != END_OF_WORD:
+        elif content["model"].get("end_of_word_suffix") != END_OF_WORD:
             raise ValueError(f"{path} is neither CLIP's nor ours: its rules to cut words are not known here")
     else:
         merges = _pairs(path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")[1:])
@@ -399,10 +396,12 @@ def _pairs(merges: Iterable[str | list[str]]) -> list[Pair]:
 
 def _settings(folder: Path, vocab: dict[str, int]) -> dict:
     """Read length and padding where transformers does: special_tokens_map.json wins over a configuration of the old kind."""
-    files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    config, special = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files)
-    if "added_tokens_decoder" not in config:
-        config |= special
+    files = [folder / name for name in _SETTINGS]
+    config, special, added = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files)
+    decoder = config.get("added_tokens_decoder")
+    if unknown := sorted({*added, *(token["content"] for token in (decoder or {}).values())} - vocab.keys()):
+        raise ValueError(f"{folder} adds {unknown[:3]} to its vocabulary, which minildm cannot do: use the folder it began as")
+    config = config if decoder else config | special
     pad, length = config.get("pad_token"), config.get("model_max_length", inf)
     pad = pad["content"] if isinstance(pad, dict) else pad
     return {"pad_id": pad and vocab[pad], "context_length": 77 if length > 1e6 else length}

@@ -57,7 +57,8 @@ class UNetConfig:
     def sdxl(cls) -> "UNetConfig":
         """SDXL base: 2,567,463,684 parameters."""
         return cls(
-            widths=(320, 640, 1280), depths=(0, 2, 10), mid_depth=10, heads=(5, 10, 20), context_dim=2048, pooled_dim=2816, linear=True
+            widths=(320, 640, 1280), depths=(0, 2, 10), mid_depth=10, heads=(5, 10, 20), context_dim=2048, pooled_dim=2816,
+            linear=True,
         )  # fmt: skip
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Diffusion: pictures to latents, 48 times fewer numbers, and back.  Rombach et al. 2022, section 3.1.
+"""The autoencoder of Stable Diffusion: pictures to latents, 48 times fewer numbers, and back.  Rombach et al. 2022, sec. 3.1.
 
 It is a variational autoencoder whose Kullback-Leibler weight is so small that it is nearly an ordinary one.
 """
@@ -76,7 +76,7 @@ class DiagonalGaussian:
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL divergence from the standard normal, in nats, summed over each picture's latent: (B,).  Kingma & Welling, appendix B."""
+        """KL divergence from the standard normal, in nats, summed over each latent, (B,).  Kingma & Welling 2014, app. B."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 

@@ -8,8 +8,8 @@ PYTHON = [sys.executable, "-m"]
 STEPS = (
     [*PYTHON, "ruff", "check", "."],
     [*PYTHON, "ruff", "format", "--check", "."],
-    [*PYTHON, "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow", "--cov", "minildm", "--cov-report", "term-missing:skip-covered",
-     "--cov-fail-under", "90", "--durations", "10"],
+    [*PYTHON, "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow", "--durations", "10",
+     "--cov", "minildm", "--cov-report", "term-missing:skip-covered", "--cov-fail-under", "90"],
 )  # fmt: skip
 
 if __name__ == "__main__":

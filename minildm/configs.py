@@ -14,7 +14,22 @@ from minildm.sdxl import SIZE_FEATURES
 from minildm.unet import UNetConfig
 from minildm.vae import VAEConfig
 
-# Settings with one value each that our networks have built in, and settings that change no number in fp32.
+# Our field, the reference's, and the value that the reference takes where a file is silent.
+UNET = {
+    "blocks": ("layers_per_block", 2), "in_channels": ("in_channels", 4), "out_channels": ("out_channels", 4),
+    "context_dim": ("cross_attention_dim", 1280), "linear": ("use_linear_projection", False), "groups": ("norm_num_groups", 32),
+}  # fmt: skip
+VAE = {
+    "blocks": ("layers_per_block", 1), "in_channels": ("in_channels", 3), "latent_channels": ("latent_channels", 4),
+    "groups": ("norm_num_groups", 32), "mid_attention": ("mid_block_add_attention", True),
+    "scaling_factor": ("scaling_factor", 0.18215),
+}  # fmt: skip
+TEXT = {
+    "vocab_size": ("vocab_size", 49408), "context_length": ("max_position_embeddings", 77), "width": ("hidden_size", 512),
+    "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 8), "activation": ("hidden_act", "quick_gelu"),
+}  # fmt: skip
+
+# Settings that our networks have built in, and settings that change no number in fp32.
 UNET_FIXED = {
     "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
     "norm_eps": 1e-5, "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_time_scale_shift": "default",
@@ -25,7 +40,7 @@ UNET_IDLE = {"sample_size", "dropout", "upcast_attention", "addition_embed_type_
 VAE_FIXED = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
 VAE_IDLE = {"sample_size", "force_upcast"}
 
-# The timesteps that a scheduler visits when its file does not say.  The class itself is not used: a sampler is chosen in the call.
+# The timesteps that a scheduler visits where its file is silent.  Its class says no more: a sampler is chosen in the call.
 LEADING = {"DDIMScheduler", "DDPMScheduler", "PNDMScheduler"}
 LINSPACE = {
     "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
@@ -52,6 +67,15 @@ class Settings:
         value = self.fields.get(name, default)
         return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
 
+    def plain(self, table: dict[str, tuple[str, object]]) -> dict[str, object]:
+        """The fields that only have another name here, by that name."""
+        return {ours: self.get(theirs, default) for ours, (theirs, default) in table.items()}
+
+    def widths(self) -> tuple[int, ...]:
+        """The channels of each level."""
+        self.seen.add("block_out_channels")
+        return tuple(self.fields["block_out_channels"])
+
     def per_level(self, name: str, levels: int, default: object = None) -> tuple:
         """A field that has one value a level, or one for all."""
         value = self.get(name, default)
@@ -70,18 +94,23 @@ class Settings:
 
     def check(self, fixed: dict[str, object], idle: set[str]) -> None:
         """Refuses every field that was not asked for, unless it says what is the case here anyhow."""
-        for name in self.fields.keys() - self.seen - idle:
-            if self.get(name) not in (None, False, fixed.get(name)):
+        for name in sorted(self.fields.keys() - self.seen - idle):
+            if self.get(name) not in ((fixed[name],) if name in fixed else (None, False)):
                 raise self.refusal(name, repr(fixed.get(name)))
 
     def refusal(self, name: str, expected: str) -> ValueError:
         """The error for a field that ours cannot follow."""
         return ValueError(
-            f"{self.part}: {name} is {self.fields.get(name)!r}, and minildm can only do {expected}; this model needs the reference"
+            f"{self.part}: {name} is {self.fields.get(name)!r}, but minildm can only do {expected}; use the reference for it"
         )
 
 
-def _lacks(field: str, value: object, why: str) -> ValueError:
+def _plain(cfg: UNetConfig | VAEConfig | TextConfig, table: dict[str, tuple[str, object]]) -> dict[str, object]:
+    return {theirs: getattr(cfg, ours) for ours, (theirs, _) in table.items()}
+
+
+def lacks(field: str, value: object, why: str) -> ValueError:
+    """The error for a field of ours that the reference cannot follow."""
     return ValueError(f"the reference cannot hold {field} = {value!r}: {why}; save the model with Pipeline.save instead")
 
 
@@ -95,8 +124,7 @@ def read_unet(fields: dict) -> UNetConfig:
         ValueError: it asks for something that our U-Net has not; names the field and the value.
     """
     s = Settings("unet", fields)
-    widths = tuple(fields["block_out_channels"])
-    s.seen.add("block_out_channels")
+    widths = s.widths()
     n = len(widths)
     attends = s.kinds("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D"), n)
     if s.kinds("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D"), n) != attends[::-1]:
@@ -112,13 +140,8 @@ def read_unet(fields: dict) -> UNetConfig:
         depths=tuple(d if a else 0 for d, a in zip(depths, attends, strict=True)),
         mid_depth=depths[-1],
         heads=s.per_level("attention_head_dim", n, default=8),  # a misnomer: it is the number of heads
-        blocks=s.get("layers_per_block", 2),
-        in_channels=s.get("in_channels", 4),
-        out_channels=s.get("out_channels", 4),
-        context_dim=s.get("cross_attention_dim", 1280),
         pooled_dim=s.get("projection_class_embeddings_input_dim") if pooled else None,
-        linear=s.get("use_linear_projection", False),
-        groups=s.get("norm_num_groups", 32),
+        **s.plain(UNET),
     )
     s.check(UNET_FIXED, UNET_IDLE)
     return cfg
@@ -131,9 +154,9 @@ def write_unet(cfg: UNetConfig, sample_size: int) -> dict:
         ValueError: the reference has no such U-Net; names the field and says why.
     """
     if cfg.patch != 1:
-        raise _lacks("unet.patch", cfg.patch, "its U-Net has no patchify stem")
+        raise lacks("unet.patch", cfg.patch, "its U-Net has no patchify stem")
     if cfg.depths[-1] not in (0, cfg.mid_depth):
-        raise _lacks("unet.mid_depth", cfg.mid_depth, f"its middle is as deep as the last level, {cfg.depths[-1]}")
+        raise lacks("unet.mid_depth", cfg.mid_depth, f"its middle is as deep as the last level, {cfg.depths[-1]}")
     text_time = {
         "addition_embed_type": "text_time", "addition_time_embed_dim": SIZE_FEATURES,
         "projection_class_embeddings_input_dim": cfg.pooled_dim,
@@ -141,17 +164,12 @@ def write_unet(cfg: UNetConfig, sample_size: int) -> dict:
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
-        "in_channels": cfg.in_channels,
-        "out_channels": cfg.out_channels,
         "block_out_channels": cfg.widths,
         "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in cfg.depths],
         "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(cfg.depths)],
         "transformer_layers_per_block": [*(d or 1 for d in cfg.depths[:-1]), cfg.mid_depth],
         "attention_head_dim": cfg.heads,
-        "layers_per_block": cfg.blocks,
-        "cross_attention_dim": cfg.context_dim,
-        "use_linear_projection": cfg.linear,
-        "norm_num_groups": cfg.groups,
+        **_plain(cfg, UNET),
         **UNET_FIXED,
         **(text_time if cfg.pooled_dim else {}),
     }
@@ -160,19 +178,10 @@ def write_unet(cfg: UNetConfig, sample_size: int) -> dict:
 def read_vae(fields: dict) -> VAEConfig:
     """The configuration of an AutoencoderKL; raises as `read_unet`."""
     s = Settings("vae", fields)
-    widths = tuple(fields["block_out_channels"])
-    s.seen.add("block_out_channels")
+    widths = s.widths()
     s.kinds("down_block_types", ("DownEncoderBlock2D",), len(widths))
     s.kinds("up_block_types", ("UpDecoderBlock2D",), len(widths))
-    cfg = VAEConfig(
-        widths=widths,
-        blocks=s.get("layers_per_block", 1),
-        in_channels=s.get("in_channels", 3),
-        latent_channels=s.get("latent_channels", 4),
-        groups=s.get("norm_num_groups", 32),
-        mid_attention=s.get("mid_block_add_attention", True),
-        scaling_factor=s.get("scaling_factor", 0.18215),
-    )
+    cfg = VAEConfig(widths=widths, **s.plain(VAE))
     if s.get("out_channels", 3) != cfg.in_channels:
         raise s.refusal("out_channels", f"{cfg.in_channels}, as in_channels")
     s.check(VAE_FIXED, VAE_IDLE)
@@ -182,20 +191,15 @@ def read_vae(fields: dict) -> VAEConfig:
 def write_vae(cfg: VAEConfig, image_size: int) -> dict:
     """The config.json of an AutoencoderKL; image_size is the side of its pictures.  Raises as `write_unet`."""
     if cfg.patch != 1:
-        raise _lacks("vae.patch", cfg.patch, "its autoencoder has no patchify stem")
+        raise lacks("vae.patch", cfg.patch, "its autoencoder has no patchify stem")
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": image_size,
-        "in_channels": cfg.in_channels,
         "out_channels": cfg.in_channels,
-        "latent_channels": cfg.latent_channels,
         "block_out_channels": cfg.widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(cfg.widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(cfg.widths),
-        "layers_per_block": cfg.blocks,
-        "norm_num_groups": cfg.groups,
-        "mid_block_add_attention": cfg.mid_attention,
-        "scaling_factor": cfg.scaling_factor,
+        **_plain(cfg, VAE),
         **VAE_FIXED,
     }
 
@@ -220,17 +224,12 @@ def read_text(fields: dict, early: bool) -> TextConfig:
     projected = any("WithProjection" in name for name in fields.get("architectures") or [])
     end_id = fields.get("eos_token_id", 49407)
     return TextConfig(
-        vocab_size=fields["vocab_size"],
-        context_length=fields["max_position_embeddings"],
-        width=fields["hidden_size"],
-        layers=fields["num_hidden_layers"],
-        heads=fields["num_attention_heads"],
         mlp_ratio=fields["intermediate_size"] // fields["hidden_size"],
-        activation=fields["hidden_act"],
         skip_layers=int(early),
         norm_hidden=not early,
         projection_dim=fields["projection_dim"] if projected else None,
         end_id=None if end_id == 2 else end_id,  # 2 was a mistake once; the reference takes it to mean the largest id
+        **s.plain(TEXT),
     )
 
 
@@ -238,17 +237,12 @@ def write_text(cfg: TextConfig, early: bool, start_id: int, pad_id: int) -> dict
     """The config.json of a CLIPTextModel, or of one with projection.  Raises as `write_unet`."""
     for field, wanted in {"skip_layers": int(early), "norm_hidden": not early}.items():
         if getattr(cfg, field) != wanted:
-            raise _lacks(f"text.{field}", getattr(cfg, field), f"its pipeline listens where {field} is {wanted}")
+            raise lacks(f"text.{field}", getattr(cfg, field), f"its pipeline listens where {field} is {wanted}")
     return {
         "architectures": ["CLIPTextModel" if cfg.projection_dim is None else "CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
-        "vocab_size": cfg.vocab_size,
-        "max_position_embeddings": cfg.context_length,
-        "hidden_size": cfg.width,
-        "num_hidden_layers": cfg.layers,
-        "num_attention_heads": cfg.heads,
+        **_plain(cfg, TEXT),
         "intermediate_size": cfg.mlp_ratio * cfg.width,
-        "hidden_act": cfg.activation,
         "layer_norm_eps": 1e-5,
         "projection_dim": cfg.pooled_dim,
         "bos_token_id": start_id,
@@ -310,16 +304,16 @@ def write_schedule(schedule: NoiseSchedule, prediction_type: str, spacing: str) 
     """The scheduler_config.json of a DDIMScheduler, by the name of the schedule if it has one, else by its betas."""
     betas, T = schedule.betas, schedule.T
     ends = betas[0].item(), betas[-1].item()
+    linear = [] if ends[1] > 0.5 else ["scaled_linear", "linear"]
     named = [
-        {"beta_schedule": "scaled_linear", "beta_start": ends[0], "beta_end": ends[1]},
-        {"beta_schedule": "linear", "beta_start": ends[0], "beta_end": ends[1]},
+        *({"beta_schedule": family, "beta_start": ends[0], "beta_end": ends[1]} for family in linear),
         {"beta_schedule": "squaredcos_cap_v2"},
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
         {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True},
     ]
     fields = {
-        "_class_name": "DDIMScheduler", "num_train_timesteps": T, "prediction_type": prediction_type, "timestep_spacing": spacing,
-        "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+        "_class_name": "DDIMScheduler", "num_train_timesteps": T, "prediction_type": prediction_type,
+        "timestep_spacing": spacing, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
     }  # fmt: skip
     for name in named:
         if torch.allclose(read_schedule(fields | name)[0].alpha_bar, schedule.alpha_bar, rtol=0, atol=1e-12):

@@ -15,12 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minildm import convert
+from minildm.checkpoint import write_atomically
 from minildm.clip import TextConfig, TextEncoder
+from minildm.compvis import read_compvis
 from minildm.guidance import guided
 from minildm.samplers import SAMPLERS
 from minildm.schedule import NoiseSchedule
+from minildm.sdxl import SIZE_FEATURES, Framing, SDXLText, SDXLTextConfig, TokenizerPair, describe, hand_over
+from minildm.tiling import decode_tiled
 from minildm.tokenizer import Tokenizer
-from minildm.checkpoint import write_atomically
 from minildm.train import best_device
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
@@ -34,12 +38,13 @@ class Pipeline:
 
     unet: UNet
     vae: AutoencoderKL
-    text: TextEncoder
-    tokenizer: Tokenizer
+    text: TextEncoder | SDXLText
+    tokenizer: Tokenizer | TokenizerPair
     schedule: NoiseSchedule
     prediction_type: str = "epsilon"
     spacing: str = "leading"
     image_size: int = 512  # side of the pictures it was trained on, in pixels
+    zero_negative: bool = False  # without a negative prompt, SDXL moves away from zeros, not from the empty caption
 
     def __post_init__(self):
         for part in self._networks().values():
@@ -60,6 +65,9 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
+        framing: Framing | None = None,
+        refiner: "Pipeline | None" = None,
+        refine_from: float = 0.8,
         callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Draws pictures.
@@ -70,12 +78,15 @@ class Pipeline:
             steps: how many times the sampler asks the U-Net, about; from 1 to the schedule's T.
             guidance_scale: how much more than the data to obey the caption; 1 for no guidance.
             sampler: "ddim", "ddpm", "euler", "heun" or "dpmpp_2m".
-            seed: picture k of the answer starts from noise of seed + k, whatever is drawn beside it; None for a new one each time.
+            seed: picture k of the answer starts from noise of seed + k, whatever is drawn beside it; None for a new one.
             n: pictures for each prompt.
             rescale: see `guided`.
             height: in pixels, a multiple of the autoencoder's downsampling; `image_size` by default.
             width: likewise.
             latents: starting noise (N, C, h, w) in place of the seed's.
+            framing: what SDXL is told of the picture's sizes; by default, that it shows the whole of what was photographed.
+            refiner: SDXL's second model, to finish what this one began.
+            refine_from: the share of the schedule, in [0, 1], that this one does alone.
             callback: see `ddim`.
 
         Returns:
@@ -90,13 +101,19 @@ class Pipeline:
         if n < 1:
             raise ValueError(f"n is {n}; ask for at least 1 picture")
         prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
-        cond, uncond = self.condition(prompts), self.condition([negative_prompt])
+        if not 0 <= refine_from <= 1:
+            raise ValueError(f"refine_from is {refine_from}; expected a share of the schedule, in [0, 1]")
         generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, len(prompts))]
         if latents is None:
             shape = self._latent_shape(height or self.image_size, width or self.image_size)
             latents = torch.cat([torch.randn(1, *shape, generator=g) for g in generators])
         x = latents.to(self.device, self.dtype)
-        model = guided(self.unet, cond, uncond, scale=guidance_scale, rescale=rescale)
+        size = tuple(side * self.vae.cfg.downsampling for side in x.shape[2:])
+        framing = framing or Framing()
+        model = self.model(prompts, negative_prompt, size, framing, guidance_scale, rescale)
+        if refiner is not None:
+            finish = refiner.model(prompts, negative_prompt, size, framing, guidance_scale, rescale)
+            model = hand_over(model, finish, cutoff=round(self.schedule.T * (1 - refine_from)))
         z = SAMPLERS[sampler](
             model, x, self.schedule, steps=steps, prediction_type=self.prediction_type, spacing=self.spacing,
             generator=generators, callback=callback,
@@ -104,10 +121,39 @@ class Pipeline:
         return self.decode(z)
 
     @torch.inference_mode()
-    def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def model(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str = "",
+        size: tuple[int, int] | None = None,
+        framing: Framing | None = None,
+        guidance_scale: float = 7.5,
+        rescale: float = 0.0,
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The U-Net, told what to draw: a `model(x, t)` for any sampler.  Arguments as above, size in pixels."""
+        cond = self.condition(prompts, size, framing)
+        uncond = self.condition([negative_prompt], size, framing, negative=True)
+        return guided(self.unet, cond, uncond, scale=guidance_scale, rescale=rescale)
+
+    @torch.inference_mode()
+    def condition(
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int] | None = None,
+        framing: Framing | None = None,
+        negative: bool = False,
+    ) -> dict[str, Tensor]:
         """What the U-Net is told of these captions: its keyword arguments, each of batch len(prompts)."""
         hidden, pooled = self.text(self.tokenizer(list(prompts)).to(self.device))
-        return {"context": hidden, "pooled": pooled} if self.unet.cfg.pooled_dim else {"context": hidden}
+        if negative and self.zero_negative and not any(prompts):
+            hidden, pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
+        if self.unet.cfg.pooled_dim is None:
+            return {"context": hidden}
+        if beside := self.unet.cfg.pooled_dim - pooled.shape[1]:
+            size = size or (self.image_size, self.image_size)
+            told = describe(framing or Framing(), size, beside // SIZE_FEATURES, negative).to(pooled)
+            pooled = torch.cat([pooled, told.expand(len(pooled), -1)], dim=1)
+        return {"context": hidden, "pooled": pooled}
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
@@ -119,13 +165,21 @@ class Pipeline:
         low, high = images.min().item(), images.max().item()
         if not (low >= 0 and high <= 1):
             raise ValueError(f"images range from {low:.3g} to {high:.3g}; expected [0, 1]: divide bytes by 255")
-        z = self.vae.encode((images * 2 - 1).to(self.device, self.dtype)).mode()
-        return z * self.vae.cfg.scaling_factor
+        z = self.vae.encode((images * 2 - 1).to(self.vae.quant_conv.weight)).mode()
+        return (z * self.vae.cfg.scaling_factor).to(self.dtype)
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents (N, C, h, w) to pictures (N, 3, H, W) in [0, 1], on the CPU, one at a time to spare memory."""
-        pictures = [self.vae.decode(one / self.vae.cfg.scaling_factor) for one in z.split(1 if z.shape[-1] > 32 else 64)]
+        """Scaled latents (N, C, h, w) to pictures (N, 3, H, W) in [0, 1], on the CPU.
+
+        To spare memory large ones are decoded one at a time, and those of more than 160 x 160 latents in tiles.
+        """
+        z = z.to(self.vae.quant_conv.weight) / self.vae.cfg.scaling_factor
+        large = z.shape[2] * z.shape[3]
+        if large > 160 * 160:
+            pictures = [decode_tiled(self.vae.decode, one) for one in z.split(1)]
+        else:
+            pictures = [self.vae.decode(some) for some in z.split(1 if large > 32 * 32 else 64)]
         return (torch.cat(pictures).float().cpu() / 2 + 0.5).clamp(0, 1)
 
     @property
@@ -145,7 +199,7 @@ class Pipeline:
         return self
 
     def save(self, folder: str | Path) -> None:
-        """Writes model.safetensors, model.json and the tokenizer's files to a folder; the model is whole once model.json is there.
+        """Writes model.safetensors, the tokenizer's files and model.json to a folder; once model.json is there, it is whole.
 
         Raises:
             OSError: the folder cannot be written.
@@ -155,7 +209,7 @@ class Pipeline:
         tensors["alpha_bar"] = self.schedule.alpha_bar
         settings = {
             "format": FORMAT, "prediction_type": self.prediction_type, "spacing": self.spacing, "image_size": self.image_size,
-            **{name: asdict(part.cfg) for name, part in self._networks().items()},
+            "zero_negative": self.zero_negative, **{name: asdict(part.cfg) for name, part in self._networks().items()},
         }  # fmt: skip
         write_atomically(folder / "model.safetensors", lambda beside: save_file(tensors, beside))
         self.tokenizer.save(folder)
@@ -165,7 +219,7 @@ class Pipeline:
     def load(
         cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "Pipeline":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote; or a folder or a file as `from_diffusers` and `from_compvis` do.
 
         Args:
             folder: that folder.
@@ -177,6 +231,10 @@ class Pipeline:
             ValueError: what is there is damaged, or is not a minildm model; says what was found.
         """
         folder = Path(folder)
+        if folder.is_file():
+            return cls.from_compvis(folder, device=device, dtype=dtype)
+        if (folder / "model_index.json").exists():
+            return cls.from_diffusers(folder, device=device, dtype=dtype)
         if not (folder / "model.json").exists():
             raise FileNotFoundError(f"no model in {folder}: expected model.json there; train one with `python -m minildm demo`")
         try:
@@ -186,7 +244,7 @@ class Pipeline:
             with torch.device("meta"):
                 unet = UNet(UNetConfig(**_tuples(settings["unet"])))
                 vae = AutoencoderKL(VAEConfig(**_tuples(settings["vae"])))
-                text = TextEncoder(TextConfig(**settings["text"]))
+                text = _text(settings["text"])
             with safe_open(folder / "model.safetensors", framework="pt") as f:
                 alpha_bar = f.get_tensor("alpha_bar")
                 for name, part in {"unet": unet, "vae": vae, "text": text}.items():
@@ -194,11 +252,36 @@ class Pipeline:
                     part.load_state_dict({k.removeprefix(f"{name}."): f.get_tensor(k) for k in keys}, assign=True)
         except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{folder} does not hold a whole minildm model ({error}); train or copy it again") from error
+        tokenizer = (TokenizerPair if isinstance(text, SDXLText) else Tokenizer).load(folder)
         pipe = cls(
-            unet, vae, text, Tokenizer.load(folder), NoiseSchedule(alpha_bar),
-            settings["prediction_type"], settings["spacing"], settings["image_size"],
+            unet, vae, text, tokenizer, NoiseSchedule(alpha_bar), settings["prediction_type"], settings["spacing"],
+            settings["image_size"], settings.get("zero_negative", False),
         )  # fmt: skip
         return pipe.to(device or best_device(), dtype)
+
+    @classmethod
+    def from_diffusers(
+        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "Pipeline":
+        """Reads a published model in the diffusers layout; arguments and errors as `read_diffusers`."""
+        return cls(*convert.read_diffusers(Path(folder), device, dtype))
+
+    @classmethod
+    def from_compvis(
+        cls,
+        file: str | Path,
+        vocabulary: str | Path | None = None,
+        prediction_type: str | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Pipeline":
+        """Reads a published model in the CompVis layout, a single file; arguments and errors as `read_compvis`."""
+        return cls(*read_compvis(Path(file), vocabulary, prediction_type, device, dtype))
+
+    def to_diffusers(self, folder: str | Path) -> None:
+        """Writes the model in the diffusers layout; errors as `write_diffusers`."""
+        convert.write_diffusers(Path(folder), convert.Parts(*(getattr(self, name) for name in convert.Parts._fields)))
 
     def _networks(self) -> dict[str, nn.Module]:
         return {"unet": self.unet, "vae": self.vae, "text": self.text}
@@ -210,6 +293,12 @@ class Pipeline:
             if side < step or side % step:
                 raise ValueError(f"{name} is {side}; this model draws sides that are multiples of {step} pixels")
         return self.vae.cfg.latent_channels, height // f, width // f
+
+
+def _text(settings: dict) -> TextEncoder | SDXLText:
+    if "large" in settings:
+        return SDXLText(SDXLTextConfig(*(TextConfig(**settings[name]) for name in ("small", "large"))))
+    return TextEncoder(TextConfig(**settings))
 
 
 def _seeds(seed: int | None, count: int) -> list[int]:

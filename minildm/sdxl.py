@@ -5,7 +5,7 @@ The U-Net is the one everybody uses, with another configuration.  Podell et al. 
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ SIZE_FEATURES = 256  # sines and cosines that each number of a Framing becomes
 class SDXLTextConfig:
     """The shapes of the two text encoders; the defaults are the published ones."""
 
-    small: TextConfig = TextConfig.sdxl_l()
-    large: TextConfig = TextConfig.sdxl_g()
+    small: TextConfig = field(default_factory=TextConfig.sdxl_l)
+    large: TextConfig = field(default_factory=TextConfig.sdxl_g)
 
     @property
     def pooled_dim(self) -> int:

@@ -219,6 +219,7 @@ def vae_loss(
     recon: Tensor,
     posterior: DiagonalGaussian,
     *,
+    recon_norm: str = "l2",
     kl_weight: float = 1e-6,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     perceptual_weight: float = 1.0,
@@ -230,16 +231,23 @@ def vae_loss(
         x: pictures (B, 3, H, W) in [-1, 1].
         recon: their reconstructions, same shape.
         posterior: what the encoder said.
+        recon_norm: "l2", the mean squared error; or "l1", the mean absolute one, which is what the paper has.  On pictures
+            that are mostly one colour "l1" first learns that colour alone, the median, and stays there for long.
         kl_weight: weight of the KL term; 0 leaves it out.  The weight counts against *summed* terms (every pixel of the
             reconstruction, every number of the latent), as in the released configurations.
         perceptual: LPIPS or another distance, (x, recon) to (B, ...); None leaves it out.
-        perceptual_weight: weight of that distance, in units of the mean absolute error.
+        perceptual_weight: weight of that distance, beside a reconstruction error a pixel value.
         adversarial: a discriminator's term, a scalar, already weighted; None leaves it out.
 
     Returns:
         The loss a pixel value (a scalar), and its parts by name for logging.
+
+    Raises:
+        ValueError: recon_norm is unknown.
     """
-    parts = {"recon": (x - recon).abs().mean()}
+    if recon_norm not in ("l1", "l2"):
+        raise ValueError(f"recon_norm is {recon_norm!r}; choose l1 or l2")
+    parts = {"recon": (x - recon).abs().mean() if recon_norm == "l1" else (x - recon).square().mean()}
     loss = parts["recon"]
     if kl_weight:
         parts["kl"] = posterior.kl().mean()  # a picture

@@ -14,7 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
-from minildm.tokenizer import END, SYMBOL_OF, Tokenizer, learn_merges, merge
+from minildm.tokenizer import END, OUR_WORDS, SYMBOL_OF, Tokenizer, cut, learn_merges, merge
 
 CLIP_FILE = Path(importlib.util.find_spec("open_clip").origin).with_name("bpe_simple_vocab_16e6.txt.gz")
 
@@ -173,6 +173,11 @@ def test_every_character_survives_alone_and_among_others(ours):
     assert all(ours.decode(ours.encode(chr(code))) == chr(code) for code in range(0x3100))
 
 
+def test_words_are_runs_of_one_kind_with_one_space_before():
+    words = ["one", " café", "12½", "!", "  ", " two", "\u3000", "three", " ", "\n", "four", " …\x1c", "五", " "]
+    assert cut("".join(words), OUR_WORDS) == words
+
+
 def test_merge_goes_from_left_to_right_without_overlap():
     assert merge(list("aaabaa"), ("a", "a")) == ["aa", "a", "b", "aa"]
     assert merge(list("abcab"), ("a", "b")) == ["ab", "c", "ab"]
@@ -191,7 +196,9 @@ def test_merges_of_the_papers_example():
 @pytest.mark.parametrize("lowercase", [False, True])
 def test_training_learns_the_merges_of_the_reference(ours, tmp_path, lowercase):
     rng = random.Random(2)
-    texts = CORPUS + ["".join(rng.choices("abcdeéA 7!", weights=[9, 7, 5, 3, 3, 2, 2, 9, 1, 1], k=40)) for _ in range(300)]
+    texts = CORPUS + [
+        "".join(rng.choices("abcdeéA 7!\u3000", weights=[9, 7, 5, 3, 3, 2, 2, 9, 1, 1, 2], k=40)) for _ in range(300)
+    ]
     tokenizer = Tokenizer.train(texts, 600, lowercase=lowercase)
     tokenizer.save(tmp_path)
     reference = Reference.from_file(str(tmp_path / "tokenizer.json"))

@@ -1,0 +1,283 @@
+"""Published models in, and out again: folders in the diffusers layout, and models named on the hub.
+
+What a layout calls a weight stands in `layouts`, what its settings files mean in `configs`, how files of tensors are opened in
+`tensors`; here they are put together.  Single files have a module of their own, `compvis`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from minildm import configs, layouts
+from minildm.checkpoint import write_atomically
+from minildm.clip import TextConfig, TextEncoder
+from minildm.schedule import NoiseSchedule
+from minildm.sdxl import SIZE_FEATURES, SDXLText, SDXLTextConfig, TokenizerPair
+from minildm.tensors import Fitting, Stored, check, fill, open_weights, unify
+from minildm.tokenizer import Tokenizer
+from minildm.train import best_device
+from minildm.unet import UNet, UNetConfig
+from minildm.vae import AutoencoderKL, VAEConfig
+
+SD, SDXL, REFINER = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
+TEXTS = ("text_encoder", "text_encoder_2")  # one or both
+TABLES = {
+    "unet": layouts.DIFFUSERS_UNET, "vae": layouts.DIFFUSERS_VAE, **dict.fromkeys(TEXTS, layouts.TRANSFORMERS_TEXT),
+}  # fmt: skip
+
+
+class Parts(NamedTuple):
+    """What a pipeline is made of, in its order."""
+
+    unet: UNet
+    vae: AutoencoderKL
+    text: TextEncoder | SDXLText
+    tokenizer: Tokenizer | TokenizerPair
+    schedule: NoiseSchedule
+    prediction_type: str
+    spacing: str
+    image_size: int
+    zero_negative: bool
+
+
+class Shapes(NamedTuple):
+    """The configurations of a model's networks."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    texts: dict[str, TextConfig]  # by the names in TEXTS
+
+
+# ----------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Parts:
+    """Reads a folder in the diffusers layout: Stable Diffusion 1 and 2, SDXL base and refiner, or what `write_diffusers` wrote.
+
+    Args:
+        folder: it holds model_index.json.
+        device: where to put the networks; the best there is if None.
+        dtype: their precision; if None, as stored on a GPU, and float32 on a CPU, where half precision is very slow.
+
+    Raises:
+        FileNotFoundError: a file is missing; says which.
+        ValueError: a file is damaged, a setting is one that ours cannot follow, or weights do not fit; says which.
+    """
+    index = _read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in (SD, SDXL, REFINER):
+        raise ValueError(f"{folder} holds a {kind}; minildm reads {SD}, {SDXL} and {REFINER}")
+    texts = [name for name in TEXTS if index.get(name, [None])[0]]
+    fields = {part: _read_json(folder / part / "config.json") for part in ("unet", "vae", *texts)}
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    try:
+        shapes = Shapes(
+            configs.read_unet(fields["unet"]),
+            configs.read_vae(fields["vae"]),
+            {name: configs.read_text(fields[name], early=kind != SD) for name in texts},
+        )
+        schedule, prediction_type, spacing = configs.read_schedule(scheduler, sdxl=kind != SD)
+        sample_size = configs.Settings("unet", fields["unet"]).get("sample_size") or 64
+        image_size = int(sample_size) * shapes.vae.downsampling
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a settings file in {folder} is damaged ({error!r}); fetch it again") from error
+    stored = {part: unify(part, _open_folder(folder / part)) for part in fields}
+    unet, vae, text = assemble(folder, shapes, stored, TABLES, device, dtype)
+    tokenizers = [Tokenizer.load(folder / name.replace("text_encoder", "tokenizer")) for name in texts]
+    zero_negative = kind != SD and index.get("force_zeros_for_empty_prompt", True)
+    return Parts(
+        unet, vae, text, join(tokenizers, shapes), schedule, prediction_type, spacing, image_size, zero_negative
+    )  # fmt: skip
+
+
+def assemble(
+    origin: Path,
+    shapes: Shapes,
+    stored: dict[str, dict[str, Stored]],
+    tables: dict[str, layouts.Table],
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> tuple[UNet, AutoencoderKL, TextEncoder | SDXLText]:
+    """Builds a model's networks without memory, checks them all against the file, and only then fills them.
+
+    Args:
+        origin: the file or folder, to name in errors.
+        shapes: of the networks.
+        stored: what there is for each; a name that is no network's must hold nothing.
+        tables: from our names to the layout's, for each.
+        device, dtype: as for `read_diffusers`.
+
+    Raises:
+        ValueError: the weights do not fit; or the U-Net wants more than latents.
+    """
+    if not shapes.texts:
+        raise ValueError(f"{origin} has no text encoder; expected {' or '.join(TEXTS)}")
+    if shapes.unet.in_channels != shapes.vae.latent_channels:
+        raise ValueError(
+            f"unet: in_channels is {shapes.unet.in_channels}, but the latents have {shapes.vae.latent_channels}: {origin} "
+            "wants a mask or a picture beside the caption; use a text-to-image model"
+        )
+    with torch.device("meta"):
+        unet, vae = UNet(shapes.unet), AutoencoderKL(shapes.vae)
+        if len(shapes.texts) == 2:
+            text = SDXLText(SDXLTextConfig(*shapes.texts.values()))
+        else:
+            text = TextEncoder(*shapes.texts.values())
+    networks = _by_folder(unet, vae, text, [*shapes.texts][-1])
+    fittings = {part: Fitting(networks.get(part, nn.Identity()), stored[part], tables.get(part, [])) for part in stored}
+    check(origin, fittings)
+
+    device = torch.device(device or best_device())
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else next(iter(stored["unet"].values())).read().dtype
+    for part, network in networks.items():
+        # SDXL's autoencoder overflows in float16; the reference widens it, too
+        overflows = part == "vae" and shapes.unet.pooled_dim and dtype == torch.float16
+        fill(fittings[part], device, torch.float32 if overflows else dtype)
+        network.eval()
+    return unet, vae, text.eval()
+
+
+def join(tokenizers: list[Tokenizer], shapes: Shapes) -> Tokenizer | TokenizerPair:
+    """One tokenizer, or a pair, for one text encoder, or for two.
+
+    Raises:
+        ValueError: a vocabulary is larger than its encoder's.
+    """
+    for tokenizer, cfg in zip(tokenizers, shapes.texts.values(), strict=True):
+        if tokenizer.vocab_size > cfg.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {tokenizer.vocab_size} tokens, the text encoder {cfg.vocab_size}: they are of two models"
+            )
+    return TokenizerPair(*tokenizers) if len(tokenizers) == 2 else tokenizers[0]
+
+
+def _by_folder(unet: UNet, vae: AutoencoderKL, text: TextEncoder | SDXLText, only: str) -> dict[str, nn.Module]:
+    """The networks by their folders; a single text encoder by the name `only`."""
+    texts = dict(zip(TEXTS, (text.small, text.large), strict=True)) if isinstance(text, SDXLText) else {only: text}
+    return {"unet": unet, "vae": vae, **texts}
+
+
+def _open_folder(folder: Path) -> dict[str, Stored]:
+    """A network's weights, whole or in shards, under any of the names that are in use."""
+    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+    for ending in (".safetensors.index.json", ".safetensors", ".fp16.safetensors", ".bin"):
+        for path in (folder / f"{stem}{ending}" for stem in stems):
+            if path.is_file() and path.suffix == ".json":
+                shards = sorted({Path(name).name for name in _read_json(path)["weight_map"].values()})
+                return {name: tensor for shard in shards for name, tensor in open_weights(folder / shard).items()}
+            if path.is_file():
+                return open_weights(path)
+    raise FileNotFoundError(f"no weights in {folder}: expected {' or '.join(f'{stem}.safetensors' for stem in stems[:2])}")
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: a model in the diffusers layout has one; fetch the whole folder")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_diffusers(folder: Path, parts: Parts) -> None:
+    """Writes a folder in the diffusers layout; it is whole once model_index.json is there.
+
+    Raises:
+        ValueError: the reference has no such model; names the field and says why.  Nothing has been written then.
+        OSError: the folder cannot be written.
+    """
+    kind, downsampling = _kind(parts), parts.vae.cfg.downsampling
+    networks = _by_folder(parts.unet, parts.vae, parts.text, TEXTS[kind == REFINER])
+    tokens = parts.tokenizer
+    tokenizers = [tokens.small, tokens.large] if isinstance(tokens, TokenizerPair) else [tokens]
+    tokenizers = dict(zip([name for name in TEXTS if name in networks], tokenizers, strict=True))
+    fields = {
+        "unet": configs.write_unet(parts.unet.cfg, parts.image_size // downsampling),
+        "vae": configs.write_vae(parts.vae.cfg, parts.image_size),
+    }
+    for name, t in tokenizers.items():
+        fields[name] = configs.write_text(networks[name].cfg, kind != SD, t.start_id, t.pad_id)
+
+    index = {"_class_name": kind, "feature_extractor": [None, None], "image_encoder": [None, None]}
+    index |= {"scheduler": ["diffusers", "DDIMScheduler"]}
+    if kind == SD:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    else:
+        index |= {"force_zeros_for_empty_prompt": parts.zero_negative, "text_encoder": [None, None], "tokenizer": [None, None]}
+    if kind == REFINER:
+        index |= {"requires_aesthetics_score": True}
+
+    for name, network in networks.items():
+        table = layouts.names(network.state_dict(), TABLES[name])
+        tensors = {table[ours]: tensor.contiguous() for ours, tensor in network.state_dict().items()}
+        file = folder / name / f"{'model' if name in tokenizers else 'diffusion_pytorch_model'}.safetensors"
+        write_atomically(file, lambda beside, t=tensors: save_file(t, beside, metadata={"format": "pt"}))
+        _write_json(folder / name / "config.json", fields[name])
+        architecture = fields[name].get("architectures", [fields[name].get("_class_name")])[0]
+        index[name] = ["transformers" if name in tokenizers else "diffusers", architecture]
+    for name, t in tokenizers.items():
+        name = name.replace("text_encoder", "tokenizer")
+        t.save(folder / name)
+        index[name] = ["transformers", "CLIPTokenizer" if t.end_of_word else "PreTrainedTokenizerFast"]
+    schedule = configs.write_schedule(parts.schedule, parts.prediction_type, parts.spacing)
+    _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    _write_json(folder / "model_index.json", index)
+
+
+def _kind(parts: Parts) -> str:
+    """Which of the reference's pipelines draws with this model: what is added to the time embedding decides."""
+    pooled = parts.unet.cfg.pooled_dim
+    beside_text = pooled and pooled - parts.text.cfg.pooled_dim
+    kind = {None: SD, 6 * SIZE_FEATURES: SDXL, 5 * SIZE_FEATURES: REFINER}.get(beside_text)
+    if kind is None or (kind == SDXL) != isinstance(parts.text, SDXLText):
+        raise configs.lacks(
+            "unet.pooled_dim", pooled, "it adds a text's pooled vector to the time only together with SDXL's sizes"
+        )
+    return kind
+
+
+def _write_json(path: Path, fields: dict) -> None:
+    write_atomically(path, lambda beside: beside.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- the hub
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this can be a model on the hub, "owner/model", and no path here; out/ is where training writes."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not name.startswith("out/") and not Path(name).parent.exists()
+
+
+def fetch(name: str) -> Path:
+    """Downloads a model in the diffusers layout from the hub, or finds it downloaded already; the folder it is in.
+
+    Args:
+        name: "owner/model".
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+        OSError: there is no such model, or no network.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(f"to fetch {name} install huggingface_hub: pip install 'minildm[hub]'; or give a folder") from error
+    wanted = ["model_index.json", "*/config.json", "*/*.index.json", "scheduler/*", "tokenizer*/*"]
+    wanted += [f"{part}/{stem}.safetensors" for part in TABLES for stem in ("*model", "*model-0*")]  # no half-precision copies
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"{name} is no folder here, nor could it be fetched from huggingface.co ({reason}); check the name and the "
+            "network, or train a model with `python -m minildm demo`"
+        ) from error

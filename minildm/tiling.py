@@ -1,0 +1,41 @@
+"""Large pictures in small pieces: decoding latents tile by tile."""
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+
+def decode_tiled(decode: Callable[[Tensor], Tensor], z: Tensor, tile: int = 96, overlap: int = 24) -> Tensor:
+    """Decodes latents in tiles, each fading into the next, so that memory does not grow with the picture.
+
+    Norms and attention see one tile at a time, so the picture differs a little from one decoded whole.
+
+    Args:
+        decode: latents (B, C, h, w) to pictures (B, 3, f h, f w).
+        z: latents.
+        tile: side of a tile, in latents.
+        overlap: how many of them neighbours share, in [1, tile / 2].
+
+    Returns:
+        (B, 3, f h, f w).
+    """
+    total = weights = None
+    for top, left in product(*(_starts(side, tile, tile - overlap) for side in z.shape[2:])):
+        part = decode(z[:, :, top : top + tile, left : left + tile])
+        f = part.shape[2] // min(tile, z.shape[2])
+        if total is None:
+            total = part.new_zeros(*part.shape[:2], f * z.shape[2], f * z.shape[3])
+            weights = part.new_zeros(total.shape[2:])
+        fades = [(torch.arange(n) + 0.5).minimum(n - torch.arange(n) - 0.5).clamp(max=f * overlap) for n in part.shape[2:]]
+        fade = torch.outer(*fades).to(part)
+        window = slice(f * top, f * top + part.shape[2]), slice(f * left, f * left + part.shape[3])
+        total[:, :, *window] += part * fade
+        weights[*window] += fade
+    return total / weights
+
+
+def _starts(side: int, tile: int, stride: int) -> list[int]:
+    """Where tiles begin that cover a side; the last is moved back to end with it."""
+    return [*range(0, side - tile, stride), max(0, side - tile)]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, help=f"folder for the results (default: {out})")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--vae-steps", type=int, help="steps of the first stage, the autoencoder")
+        command.add_argument("--word-steps", type=int, help="steps of the text encoder")
         command.add_argument("--steps", type=int, help="steps of the second stage, the diffusion")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=_demo)
@@ -139,23 +141,36 @@ def _train_pipeline(args: argparse.Namespace, dataset, out: Path):
     from minildm.recipes import Recipe, train_parts
     from minildm.train import watch
 
-    steps = {name: value for name in ("vae_steps", "steps") if (value := getattr(args, name)) is not None}
+    steps = {name: value for name in ("vae_steps", "word_steps", "steps") if (value := getattr(args, name)) is not None}
     recipe = Recipe.small(size=dataset.size, seed=args.seed, **steps)
-    _write(out / "recipe.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(recipe), indent=1)))
+    checkpoints = out / "checkpoints"
+    _claim(checkpoints, json.dumps({"dataset": dataset.name, **dataclasses.asdict(recipe)}, indent=1))
     times = {}
 
     def run(stage, name: str):
         started = time.perf_counter()
         result = watch(stage, name, quiet=args.quiet)
-        times[f"{name}_s"] = time.perf_counter() - started
+        times[f"{name}_s".replace(" ", "_")] = time.perf_counter() - started
         return result
 
-    pipe = Pipeline(
-        *train_parts(recipe, dataset, run, out / "checkpoints"), recipe.prediction_type, recipe.spacing, dataset.size
-    )
+    parts = train_parts(recipe, dataset, run, checkpoints)
     times["training_s"] = sum(times.values())
+    pipe = Pipeline(*parts, recipe.prediction_type, recipe.spacing, dataset.size)
     pipe.save(out / "model")
+    shutil.copy(checkpoints / "recipe.json", out / "model" / "recipe.json")
+    shutil.rmtree(checkpoints)  # the model is whole: the next run begins anew
     return pipe, times
+
+
+def _claim(checkpoints: Path, recipe: str) -> None:
+    """Makes the folder for checkpoints, or makes sure that the unfinished run in it is the same as this one."""
+    path = checkpoints / "recipe.json"
+    if path.exists() and path.read_text() != recipe:
+        raise ValueError(
+            f"{checkpoints} holds an unfinished run of another recipe or dataset: repeat that command to finish it, "
+            "give another --out, or delete the folder"
+        )
+    _write(path, lambda beside: beside.write_text(recipe))
 
 
 def _train_judge(args: argparse.Namespace) -> None:

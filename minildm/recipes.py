@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from minildm.clip import TextConfig, TextEncoder
+from minildm.clip import CLIP, ImageConfig, TextConfig, TextEncoder
 from minildm.metrics import Judge, caption_accuracy
 from minildm.schedule import NoiseSchedule
 from minildm.shapes import Shapes
@@ -26,6 +26,7 @@ from minildm.train import (
     fit,
     step_generator,
     train_autoencoder,
+    train_clip,
     train_diffusion,
 )
 from minildm.unet import UNet, UNetConfig
@@ -39,23 +40,24 @@ class Recipe:
     vae: VAEConfig
     unet: UNetConfig
     first: Fit  # the autoencoder
-    second: Fit  # the U-Net and the text encoder
+    words: Fit  # the text encoder, beside an image encoder
+    second: Fit  # the U-Net
     pictures: int = 20_000  # how many are encoded for the second stage, at most
     vocab_size: int = 512  # of the tokenizer, at most
     context_length: int = 32
-    text_layers: int = 2
     dropout: float = 0.1  # share of the captions left out, for guidance
     prediction_type: str = "v_prediction"
     spacing: str = "trailing"  # begins where the schedule ends: at pure noise
 
     @classmethod
-    def small(cls, size: int = 32, vae_steps: int = 700, steps: int = 2000, seed: int = 0) -> "Recipe":
+    def small(cls, size: int = 32, vae_steps: int = 700, word_steps: int = 400, steps: int = 2000, seed: int = 0) -> "Recipe":
         """For pictures of `size` pixels (a multiple of 16), trained on a laptop: 8 x 8 latents at 32 pixels."""
         return cls(
             vae=VAEConfig(widths=(96,), blocks=1, groups=8, mid_attention=False, patch=4, scaling_factor=1.0),
             unet=UNetConfig.tiny(),
             first=Fit(steps=vae_steps, lr=2e-3, batch_size=32, seed=seed, ema=0.99),
-            second=Fit(steps=steps, lr=1e-3, batch_size=64, seed=seed + 1, ema=0.998),
+            words=Fit(steps=word_steps, lr=1e-3, batch_size=128, seed=seed + 1, ema=0.99),
+            second=Fit(steps=steps, lr=1e-3, batch_size=64, seed=seed + 2, ema=0.998),
         )
 
 
@@ -93,21 +95,20 @@ def train_parts(
     vae.cfg = replace(vae.cfg, scaling_factor=latents.scaling_factor)
 
     tokenizer = Tokenizer.train(latents.captions, recipe.vocab_size, context_length=recipe.context_length, lowercase=True)
+    torch.manual_seed(recipe.words.seed)
+    words = replace(TextConfig.tiny(tokenizer.vocab_size, recipe.context_length), end_id=tokenizer.end_id)
+    clip = CLIP(words, ImageConfig.tiny(dataset.size)).to(device)
+    run(train_clip(clip, dataset, tokenizer, recipe.words, folder and folder / "clip"), "text encoder")
+
     torch.manual_seed(recipe.second.seed)
     unet = UNet(recipe.unet).to(device)
-    text = TextEncoder(
-        TextConfig(
-            vocab_size=tokenizer.vocab_size, context_length=recipe.context_length, width=recipe.unet.context_dim,
-            layers=recipe.text_layers, heads=4, activation="gelu", end_id=tokenizer.end_id,
-        )
-    ).to(device)  # fmt: skip
     schedule = NoiseSchedule.cosine().zero_terminal_snr()
     stage = train_diffusion(
-        unet, text, schedule, latents, tokenizer(latents.captions), tokenizer([""]), recipe.second,
+        unet, clip.text, schedule, latents, tokenizer(latents.captions), tokenizer([""]), recipe.second,
         folder and folder / "diffusion", prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,
     )  # fmt: skip
     run(stage, "diffusion")
-    return Parts(unet, vae, text, tokenizer, schedule)
+    return Parts(unet, vae, clip.text, tokenizer, schedule)
 
 
 def train_judge(judge: Judge, cfg: Fit, folder: Path | None = None) -> Iterator[Progress]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minildm.checkpoint import resume, save_checkpoint
-from minildm.clip import TextEncoder
+from minildm.clip import CLIP, TextEncoder, contrastive_loss
 from minildm.schedule import NoiseSchedule
+from minildm.tokenizer import Tokenizer
 from minildm.unet import UNet
 from minildm.vae import AutoencoderKL, vae_loss
 
@@ -164,6 +165,26 @@ def train_autoencoder(
     yield from fit(vae.to(memory_format=torch.channels_last), loss_at, cfg, folder)
 
 
+def train_clip(clip: CLIP, dataset: Dataset, tokenizer: Tokenizer, cfg: Fit, folder: Path | None = None) -> Iterator[Progress]:
+    """Teaches a text and an image encoder to find each other's caption and picture in a crowd.  Radford et al. 2021.
+
+    Args:
+        clip: changed in place; its text encoder is what the diffusion will listen to.
+        dataset: captioned pictures, at the image encoder's size.
+        tokenizer: the text encoder's.
+        cfg: how long and how boldly; the batch is the crowd.
+        folder: for checkpoints, or None.
+    """
+    device = next(clip.parameters()).device
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        picks = torch.randint(len(dataset), (cfg.batch_size,), generator=step_generator(cfg.seed, step)).tolist()
+        x, captions = dataset.batch(picks)
+        return contrastive_loss(*clip(x.to(device), tokenizer(captions).to(device)), clip.logit_scale), {}
+
+    yield from fit(clip, loss_at, cfg, folder)
+
+
 @dataclass(frozen=True)
 class Latents:
     """Pictures encoded once and kept: the diffusion never sees a pixel."""
@@ -213,11 +234,11 @@ def train_diffusion(
     dropout: float = 0.1,
     min_snr_gamma: float | None = 5.0,
 ) -> Iterator[Progress]:
-    """Second stage: teaches a U-Net to denoise latents, and with it the text encoder to say what it must know.
+    """Second stage: teaches a U-Net to denoise latents, while a finished text encoder tells it what they show.
 
     Args:
         unet: changed in place.
-        text: changed in place.
+        text: only listened to.
         schedule: how much noise there is at each timestep.
         latents: encoded pictures, N of them.
         ids: their captions, tokenised, (N, L).
@@ -229,7 +250,7 @@ def train_diffusion(
         min_snr_gamma: where the loss weight of clean timesteps is cut off, or None.  Hang et al. 2023.
     """
     device = next(unet.parameters()).device
-    model = nn.ModuleDict({"unet": unet, "text": text}).to(memory_format=torch.channels_last)
+    text.eval()
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         generator = step_generator(cfg.seed, step)
@@ -241,7 +262,8 @@ def train_diffusion(
         words = torch.where(silent[:, None], empty, ids[picks]).to(device)
 
         noisy = schedule.add_noise(x0, noise, t).to(device, memory_format=torch.channels_last)
-        hidden, pooled = text(words)
+        with torch.no_grad():
+            hidden, pooled = text(words)
         pred = unet(noisy, t.to(device), hidden, pooled if unet.cfg.pooled_dim else None)
         target = schedule.target(x0, noise, t, prediction_type).to(device)
         error = F.mse_loss(pred.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
@@ -249,4 +271,4 @@ def train_diffusion(
             error = error * schedule.min_snr_weight(t, prediction_type, min_snr_gamma).to(error)
         return error.mean(), {}
 
-    yield from fit(model, loss_at, cfg, folder)
+    yield from fit(unet.to(memory_format=torch.channels_last), loss_at, cfg, folder)

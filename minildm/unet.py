@@ -62,6 +62,14 @@ class UNetConfig:
         )  # fmt: skip
 
     @classmethod
+    def sdxl_refiner(cls) -> "UNetConfig":
+        """SDXL's refiner: 2,259,526,660 parameters."""
+        return cls(
+            widths=(384, 768, 1536, 1536), depths=(0, 4, 4, 0), mid_depth=4, heads=(6, 12, 24, 24), context_dim=1280,
+            pooled_dim=2560, linear=True,
+        )  # fmt: skip
+
+    @classmethod
     def tiny(cls) -> "UNetConfig":
         """For 8 x 8 latents and a laptop."""
         return cls(

@@ -3,7 +3,6 @@
 Everything that a test of conversion starts from is made here, by diffusers and transformers, never by minildm.
 """
 
-import contextlib
 import logging
 import os
 import warnings
@@ -17,7 +16,6 @@ with warnings.catch_warnings():  # what they warn of while being imported is the
     warnings.simplefilter("ignore")
     import diffusers
     import transformers
-    from diffusers.loaders import single_file_utils
 
 from minildm.tokenizer import Tokenizer
 
@@ -90,8 +88,7 @@ def text(kind: str, vocab_size: int, end_id: int = 2) -> nn.Module:
 
 def vocabulary(folder: Path, pad_id: int | None = None) -> Tokenizer:
     """A little vocabulary by CLIP's rules, written in the published format."""
-    merges = [("r", "e"), ("re", "d</w>"), ("a", "</w>"), ("c", "u"), ("cu", "b"), ("cub", "e</w>")]
-    merges = [pair for pair in merges if pair != ("a", "</w>")]
+    merges = [("r", "e"), ("re", "d</w>"), ("c", "u"), ("cu", "b"), ("cub", "e</w>")]
     tokenizer = Tokenizer(merges=merges, lowercase=True, end_of_word="</w>", pad_id=pad_id)
     tokenizer.save(folder)
     return tokenizer
@@ -99,8 +96,8 @@ def vocabulary(folder: Path, pad_id: int | None = None) -> Tokenizer:
 
 def pipeline(kind: str, folder: Path, **changes: object) -> diffusers.DiffusionPipeline:
     """A small pipeline of the reference of this kind; `changes` replace parts.  The folder is for its vocabularies."""
-    ends, zeros = vocabulary(folder / "ends"), vocabulary(folder / "zeros", pad_id=0)
-    size = ends.vocab_size
+    size = vocabulary(folder / "ends").vocab_size
+    vocabulary(folder / "zeros", pad_id=0)
     clip = {pad: transformers.CLIPTokenizer.from_pretrained(folder / pad) for pad in ("ends", "zeros")}
     parts = {"unet": unet(kind), "vae": vae(), "scheduler": diffusers.DDIMScheduler(**DDIM)}
     if kind in ("sd15", "sd21"):
@@ -130,6 +127,123 @@ def opened(folder: Path, kind: type = diffusers.StableDiffusionPipeline) -> diff
     return pipe
 
 
-def compvis(kind: str, pipe: diffusers.DiffusionPipeline, names: dict[str, dict[str, str]]) -> dict[str, Tensor]:
-    """The weights of a pipeline under other names, and what else stands in such a file."""
-    raise NotImplementedError
+# ----------------------------------------------------------------------------------------- the original single-file layout
+
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+OUTSIDE = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+BUFFERS = [
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+]  # fmt: skip
+
+
+def compvis_unet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The original names of a U-Net's weights, by the numbering of its blocks."""
+    result = {}
+    for name, tensor in state.items():
+        stem, end = name.rsplit(".", 1)
+        where, *rest = stem.split(".")
+        if stem in OUTSIDE:
+            stem = OUTSIDE[stem]
+        elif where == "mid_block":
+            kind, j, *layer = rest
+            inside = layer if kind == "attentions" else [RESNET[layer[0]]]
+            stem = ".".join(["middle_block", "1" if kind == "attentions" else str(2 * int(j)), *inside])
+        else:
+            i, kind, j, *layer = rest
+            side, n = ("input_blocks", 3 * int(i) + 1) if where == "down_blocks" else ("output_blocks", 3 * int(i))
+            attends = f"{where}.{i}.attentions.0.norm.weight" in state
+            stem = {
+                "resnets": f"{side}.{n + int(j)}.0.{RESNET.get(layer[0])}",
+                "attentions": f"{side}.{n + int(j)}.1.{'.'.join(layer)}",
+                "downsamplers": f"{side}.{n + 2}.0.op",
+                "upsamplers": f"{side}.{n + 2}.{2 if attends else 1}.conv",
+            }[kind]
+        result[f"{stem}.{end}"] = tensor
+    return result
+
+
+def compvis_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The original names of an autoencoder's weights, its attention as 1x1 convolutions."""
+    last = max(int(name.split(".")[2]) for name in state if ".up_blocks." in name)
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
+    result = {}
+    for name, tensor in state.items():
+        p = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut").split(".")
+        if "mid_block" in p and "attentions" in p:
+            p = [p[0], "mid", "attn_1", attention[p[4]], p[-1]]
+            tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+        elif "mid_block" in p:
+            p = [p[0], "mid", f"block_{int(p[3]) + 1}", *p[4:]]
+        elif "down_blocks" in p or "up_blocks" in p:
+            level = p[2] if p[1] == "down_blocks" else str(last - int(p[2]))
+            way = p[1].removesuffix("_blocks")
+            p = [p[0], way, level, *(["block", p[4]] if p[3] == "resnets" else [f"{way}sample"]), *p[5:]]
+        result[".".join(p)] = tensor
+    return result
+
+
+def prefixed_text(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text model's weights as older releases of transformers name them, with their position_ids."""
+    state = {
+        name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}": t for name, t in state.items()
+    }
+    return state | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+
+
+def openclip_text(state: dict[str, Tensor], extra_layers: int = 0) -> dict[str, Tensor]:
+    """The same as OpenCLIP names them: queries, keys and values in one, the projection transposed, a scale."""
+    layer = {
+        "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+        "self_attn.out_proj": "attn.out_proj",
+    }  # fmt: skip
+    state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    result = {
+        "token_embedding.weight": state["embeddings.token_embedding.weight"],
+        "positional_embedding": state["embeddings.position_embedding.weight"],
+        "ln_final.weight": state["final_layer_norm.weight"],
+        "ln_final.bias": state["final_layer_norm.bias"],
+        "logit_scale": torch.tensor(4.6),
+    }
+    width = result["ln_final.bias"].shape[0]
+    result["text_projection"] = state["text_projection.weight"].T if "text_projection.weight" in state else torch.eye(width)
+    layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers."))
+    for i in range(layers + extra_layers):
+        here = f"encoder.layers.{min(i, layers - 1)}."
+        there = f"transformer.resblocks.{i}."
+        for end in ("weight", "bias"):
+            fused = [state[f"{here}self_attn.{letter}_proj.{end}"] for letter in "qkv"]
+            result[f"{there}attn.in_proj_{end}"] = torch.cat(fused)
+            result |= {f"{there}{theirs}.{end}": state[f"{here}{ours}.{end}"] for ours, theirs in layer.items()}
+    return result
+
+
+def single_file(kind: str, networks: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """A model in the original layout, from the reference's networks by the names of its pipeline's parts."""
+    states = {name: network.state_dict() for name, network in networks.items() if name in ("unet", "vae", *TEXTS) and network}
+    groups = {
+        "model.diffusion_model.": compvis_unet(states["unet"]),
+        "first_stage_model.": compvis_vae(states["vae"]),
+    }
+    groups |= {
+        "sd15": lambda: {"cond_stage_model.transformer.": prefixed_text(states["text_encoder"])},
+        "sd21": lambda: {"cond_stage_model.model.": openclip_text(states["text_encoder"], extra_layers=1)},
+        "refiner": lambda: {"conditioner.embedders.0.model.": openclip_text(states["text_encoder_2"])},
+        "sdxl": lambda: {
+            "conditioner.embedders.0.transformer.": prefixed_text(states["text_encoder"]),
+            "conditioner.embedders.1.model.": openclip_text(states["text_encoder_2"]),
+        },
+    }[kind]()
+    result = {f"{prefix}{name}": tensor.contiguous() for prefix, group in groups.items() for name, tensor in group.items()}
+    return result | ({name: torch.zeros(1000) for name in BUFFERS} if kind in ("sd15", "sd21") else {})
+
+
+TEXTS = ("text_encoder", "text_encoder_2")

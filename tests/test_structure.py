@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minildm"
 TIERS = {
-    0: {"schedule", "blocks", "attention", "tokenizer", "guidance", "shapes", "plot", "checkpoint", "folder"},
-    1: {"vae", "unet", "clip", "samplers", "data", "metrics"},
+    0: {"schedule", "blocks", "attention", "bpe", "guidance", "shapes", "plot", "checkpoint", "folder"},
+    1: {"tokenizer", "vae", "unet", "clip", "samplers", "data", "metrics"},
     2: set(),
     3: {"train", "recipes", "pipeline", "__main__", "__init__"},
 }

@@ -14,7 +14,8 @@ from tokenizers import Regex, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
-from minildm.tokenizer import END, OUR_WORDS, SYMBOL_OF, Tokenizer, cut, learn_merges, merge
+from minildm.bpe import END, OUR_WORDS, SYMBOL_OF, cut, learn_merges, merge
+from minildm.tokenizer import Tokenizer
 
 CLIP_FILE = Path(importlib.util.find_spec("open_clip").origin).with_name("bpe_simple_vocab_16e6.txt.gz")
 

@@ -38,14 +38,16 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train on a dataset: shapes, emoji, mnist, fashion-mnist, cifar10, or your folder"
     )
     train.add_argument("dataset", help="a dataset's name, or a folder with pictures and metadata.jsonl")
-    train.add_argument("--size", type=int, default=32, help="side of the pictures in pixels, a multiple of 16 (default: 32)")
+    train.add_argument("--size", type=int, default=32, help="side of the pictures in pixels, a multiple of 8 (default: 32)")
     for command, out in ((demo, "out"), (train, "out/DATASET")):
         command.add_argument("--out", type=Path, help=f"folder for the results (default: {out})")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--vae-steps", type=int, help="steps of the first stage, the autoencoder")
         command.add_argument("--word-steps", type=int, help="steps of the text encoder")
         command.add_argument("--steps", type=int, help="steps of the second stage, the diffusion")
+        command.add_argument("--pictures", type=int, help="how many pictures are encoded for the second stage (default: 20000)")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
+    demo.add_argument("--judged", type=int, default=512, help="how many samples are judged (default: 512)")
     demo.set_defaults(run=_demo)
     train.set_defaults(run=_train)
 
@@ -83,8 +85,8 @@ def _demo(args: argparse.Namespace) -> None:
     pipe, times = _train_pipeline(args, Shapes(size=32, seed=args.seed), out)
 
     started = time.perf_counter()
-    fresh = Shapes(size=32, seed=args.seed + 1_000).draw(range(512))
-    unseen = Shapes(size=32, seed=args.seed + 1_000, split="held_out").draw(range(256))
+    fresh = Shapes(size=32, seed=args.seed + 1_000).draw(range(args.judged))
+    unseen = Shapes(size=32, seed=args.seed + 1_000, split="held_out").draw(range(-(-args.judged // 2)))
     restored = pipe.decode(pipe.encode(fresh.images / 2 + 0.5))
     figures = {"judge_on_real_pictures": float(about_judge["accuracy"])}
     pictures = {
@@ -141,8 +143,11 @@ def _train_pipeline(args: argparse.Namespace, dataset, out: Path):
     from minildm.recipes import Recipe, train_parts
     from minildm.train import watch
 
-    steps = {name: value for name in ("vae_steps", "word_steps", "steps") if (value := getattr(args, name)) is not None}
-    recipe = Recipe.small(size=dataset.size, seed=args.seed, **steps)
+    asked = {name: getattr(args, name) for name in ("vae_steps", "word_steps", "steps", "pictures")}
+    for name, value in asked.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    recipe = Recipe.small(size=dataset.size, seed=args.seed, **{name: v for name, v in asked.items() if v is not None})
     checkpoints = out / "checkpoints"
     _claim(checkpoints, json.dumps({"dataset": dataset.name, **dataclasses.asdict(recipe)}, indent=1))
     times = {}

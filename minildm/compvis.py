@@ -11,24 +11,22 @@ from pathlib import Path
 
 import torch
 
-from minildm import layouts
 from minildm.clip import TextConfig
 from minildm.convert import TEXTS, Parts, Shapes, assemble, join
+from minildm.layouts import OPENCLIP_TEXT, TRANSFORMERS_TEXT, compvis_unet, compvis_vae
 from minildm.schedule import NoiseSchedule, check_prediction_type
 from minildm.tensors import Stored, open_weights, under, unify
 from minildm.tokenizer import Tokenizer
 from minildm.unet import UNetConfig
 from minildm.vae import VAEConfig
 
-CLIP, OPENCLIP = layouts.TRANSFORMERS_TEXT, layouts.OPENCLIP_TEXT
-
 # Where a text encoder stands in the file: its place in TEXTS, its table, the preset whose conventions it follows, its padding.
 PREFIXES = {
-    "cond_stage_model.transformer.": (TEXTS[0], CLIP, TextConfig.sd15(), None),
-    "cond_stage_model.model.": (TEXTS[0], OPENCLIP, TextConfig.sd21(), 0),
-    "conditioner.embedders.0.transformer.": (TEXTS[0], CLIP, TextConfig.sdxl_l(), None),
-    "conditioner.embedders.0.model.": (TEXTS[1], OPENCLIP, TextConfig.sdxl_g(), 0),  # the refiner's only one
-    "conditioner.embedders.1.model.": (TEXTS[1], OPENCLIP, TextConfig.sdxl_g(), 0),
+    "cond_stage_model.transformer.": (TEXTS[0], TRANSFORMERS_TEXT, TextConfig.sd15(), None),
+    "cond_stage_model.model.": (TEXTS[0], OPENCLIP_TEXT, TextConfig.sd21(), 0),
+    "conditioner.embedders.0.transformer.": (TEXTS[0], TRANSFORMERS_TEXT, TextConfig.sdxl_l(), None),
+    "conditioner.embedders.0.model.": (TEXTS[1], OPENCLIP_TEXT, TextConfig.sdxl_g(), 0),  # the refiner's only one
+    "conditioner.embedders.1.model.": (TEXTS[1], OPENCLIP_TEXT, TextConfig.sdxl_g(), 0),
 }
 # Buffers of the schedule, an averaged copy, the discriminator of the first stage, and notes of the training program.
 BESIDE = (
@@ -88,7 +86,7 @@ def read_compvis(
         stored[TEXTS[0]] = {name: tensor for name, tensor in stored[TEXTS[0]].items() if not name.startswith(unheard)}
 
     shapes = Shapes(unet, vae, texts)
-    tables = {"unet": layouts.compvis_unet(unet.depths, unet.blocks), "vae": layouts.compvis_vae(len(vae.widths))}
+    tables = {"unet": compvis_unet(unet.depths, unet.blocks), "vae": compvis_vae(len(vae.widths))}
     tables |= {name: table for name, table, _, _ in kinds.values()}
     networks = assemble(path, shapes, stored, tables, device, dtype)
 

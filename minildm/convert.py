@@ -13,9 +13,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minildm import configs, layouts
 from minildm.checkpoint import write_atomically
 from minildm.clip import TextConfig, TextEncoder
+from minildm.configs import (
+    Settings,
+    lacks,
+    read_schedule,
+    read_text,
+    read_unet,
+    read_vae,
+    write_schedule,
+    write_text,
+    write_unet,
+    write_vae,
+)
+from minildm.layouts import DIFFUSERS_UNET, DIFFUSERS_VAE, TRANSFORMERS_TEXT, Table, names
 from minildm.schedule import NoiseSchedule
 from minildm.sdxl import SIZE_FEATURES, SDXLText, SDXLTextConfig, TokenizerPair
 from minildm.tensors import Fitting, Stored, check, fill, open_weights, unify
@@ -27,7 +39,7 @@ from minildm.vae import AutoencoderKL, VAEConfig
 SD, SDXL, REFINER = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
 TEXTS = ("text_encoder", "text_encoder_2")  # one or both
 TABLES = {
-    "unet": layouts.DIFFUSERS_UNET, "vae": layouts.DIFFUSERS_VAE, **dict.fromkeys(TEXTS, layouts.TRANSFORMERS_TEXT),
+    "unet": DIFFUSERS_UNET, "vae": DIFFUSERS_VAE, **dict.fromkeys(TEXTS, TRANSFORMERS_TEXT),
 }  # fmt: skip
 
 
@@ -77,12 +89,12 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     try:
         shapes = Shapes(
-            configs.read_unet(fields["unet"]),
-            configs.read_vae(fields["vae"]),
-            {name: configs.read_text(fields[name], early=kind != SD) for name in texts},
+            read_unet(fields["unet"]),
+            read_vae(fields["vae"]),
+            {name: read_text(fields[name], early=kind != SD) for name in texts},
         )
-        schedule, prediction_type, spacing = configs.read_schedule(scheduler, sdxl=kind != SD)
-        sample_size = configs.Settings("unet", fields["unet"]).get("sample_size") or 64
+        schedule, prediction_type, spacing = read_schedule(scheduler, sdxl=kind != SD)
+        sample_size = Settings("unet", fields["unet"]).get("sample_size") or 64
         image_size = int(sample_size) * shapes.vae.downsampling
     except (KeyError, TypeError) as error:
         raise ValueError(f"a settings file in {folder} is damaged ({error!r}); fetch it again") from error
@@ -99,7 +111,7 @@ def assemble(
     origin: Path,
     shapes: Shapes,
     stored: dict[str, dict[str, Stored]],
-    tables: dict[str, layouts.Table],
+    tables: dict[str, Table],
     device: str | torch.device | None,
     dtype: torch.dtype | None,
 ) -> tuple[UNet, AutoencoderKL, TextEncoder | SDXLText]:
@@ -201,11 +213,11 @@ def write_diffusers(folder: Path, parts: Parts) -> None:
     tokenizers = [tokens.small, tokens.large] if isinstance(tokens, TokenizerPair) else [tokens]
     tokenizers = dict(zip([name for name in TEXTS if name in networks], tokenizers, strict=True))
     fields = {
-        "unet": configs.write_unet(parts.unet.cfg, parts.image_size // downsampling),
-        "vae": configs.write_vae(parts.vae.cfg, parts.image_size),
+        "unet": write_unet(parts.unet.cfg, parts.image_size // downsampling),
+        "vae": write_vae(parts.vae.cfg, parts.image_size),
     }
     for name, t in tokenizers.items():
-        fields[name] = configs.write_text(networks[name].cfg, kind != SD, t.start_id, t.pad_id)
+        fields[name] = write_text(networks[name].cfg, kind != SD, t.start_id, t.pad_id)
 
     index = {"_class_name": kind, "feature_extractor": [None, None], "image_encoder": [None, None]}
     index |= {"scheduler": ["diffusers", "DDIMScheduler"]}
@@ -217,7 +229,7 @@ def write_diffusers(folder: Path, parts: Parts) -> None:
         index |= {"requires_aesthetics_score": True}
 
     for name, network in networks.items():
-        table = layouts.names(network.state_dict(), TABLES[name])
+        table = names(network.state_dict(), TABLES[name])
         tensors = {table[ours]: tensor.contiguous() for ours, tensor in network.state_dict().items()}
         file = folder / name / f"{'model' if name in tokenizers else 'diffusion_pytorch_model'}.safetensors"
         write_atomically(file, lambda beside, t=tensors: save_file(t, beside, metadata={"format": "pt"}))
@@ -228,7 +240,7 @@ def write_diffusers(folder: Path, parts: Parts) -> None:
         name = name.replace("text_encoder", "tokenizer")
         t.save(folder / name)
         index[name] = ["transformers", "CLIPTokenizer" if t.end_of_word else "PreTrainedTokenizerFast"]
-    schedule = configs.write_schedule(parts.schedule, parts.prediction_type, parts.spacing)
+    schedule = write_schedule(parts.schedule, parts.prediction_type, parts.spacing)
     _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
     _write_json(folder / "model_index.json", index)
 
@@ -239,9 +251,7 @@ def _kind(parts: Parts) -> str:
     beside_text = pooled and pooled - parts.text.cfg.pooled_dim
     kind = {None: SD, 6 * SIZE_FEATURES: SDXL, 5 * SIZE_FEATURES: REFINER}.get(beside_text)
     if kind is None or (kind == SDXL) != isinstance(parts.text, SDXLText):
-        raise configs.lacks(
-            "unet.pooled_dim", pooled, "it adds a text's pooled vector to the time only together with SDXL's sizes"
-        )
+        raise lacks("unet.pooled_dim", pooled, "it adds a text's pooled vector to the time only together with SDXL's sizes")
     return kind
 
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minildm import convert
 from minildm.checkpoint import write_atomically
 from minildm.clip import TextConfig, TextEncoder
 from minildm.compvis import read_compvis
+from minildm.convert import Parts, read_diffusers, write_diffusers
 from minildm.guidance import guided
 from minildm.samplers import SAMPLERS
 from minildm.schedule import NoiseSchedule
@@ -264,7 +264,7 @@ class Pipeline:
         cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "Pipeline":
         """Reads a published model in the diffusers layout; arguments and errors as `read_diffusers`."""
-        return cls(*convert.read_diffusers(Path(folder), device, dtype))
+        return cls(*read_diffusers(Path(folder), device, dtype))
 
     @classmethod
     def from_compvis(
@@ -281,7 +281,7 @@ class Pipeline:
 
     def to_diffusers(self, folder: str | Path) -> None:
         """Writes the model in the diffusers layout; errors as `write_diffusers`."""
-        convert.write_diffusers(Path(folder), convert.Parts(*(getattr(self, name) for name in convert.Parts._fields)))
+        write_diffusers(Path(folder), Parts(*(getattr(self, name) for name in Parts._fields)))
 
     def _networks(self) -> dict[str, nn.Module]:
         return {"unet": self.unet, "vae": self.vae, "text": self.text}

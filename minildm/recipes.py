@@ -50,14 +50,25 @@ class Recipe:
     spacing: str = "trailing"  # begins where the schedule ends: at pure noise
 
     @classmethod
-    def small(cls, size: int = 32, vae_steps: int = 700, word_steps: int = 400, steps: int = 2000, seed: int = 0) -> "Recipe":
-        """For pictures of `size` pixels (a multiple of 16), trained on a laptop: 8 x 8 latents at 32 pixels."""
+    def small(
+        cls,
+        size: int = 32,
+        vae_steps: int = 1000,
+        word_steps: int = 300,
+        steps: int = 5000,
+        pictures: int = 20_000,
+        seed: int = 0,
+    ) -> "Recipe":
+        """For pictures of `size` pixels (a multiple of 8), trained on a laptop: 8 x 8 latents at 32 pixels."""
+        if size % 8:
+            raise ValueError(f"size is {size}; choose a multiple of 8, such as 32 or 64")
         return cls(
+            pictures=pictures,
             vae=VAEConfig(widths=(96,), blocks=1, groups=8, mid_attention=False, patch=4, scaling_factor=1.0),
             unet=UNetConfig.tiny(),
             first=Fit(steps=vae_steps, lr=2e-3, batch_size=32, seed=seed, ema=0.99),
             words=Fit(steps=word_steps, lr=1e-3, batch_size=128, seed=seed + 1, ema=0.99),
-            second=Fit(steps=steps, lr=1e-3, batch_size=64, seed=seed + 2, ema=0.998),
+            second=Fit(steps=steps, lr=1.5e-3, batch_size=32, seed=seed + 2, ema=0.998),
         )
 
 
@@ -102,7 +113,7 @@ def train_parts(
 
     torch.manual_seed(recipe.second.seed)
     unet = UNet(recipe.unet).to(device)
-    schedule = NoiseSchedule.cosine().zero_terminal_snr()
+    schedule = NoiseSchedule.scaled_linear().zero_terminal_snr()
     stage = train_diffusion(
         unet, clip.text, schedule, latents, tokenizer(latents.captions), tokenizer([""]), recipe.second,
         folder and folder / "diffusion", prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,

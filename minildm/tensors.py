@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minildm import layouts
+from minildm.layouts import NOT_WEIGHTS, SPELLINGS, Table, names, rename
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def open_weights(path: Path) -> dict[str, Stored]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint ({error}); fetch it again") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    content |= nested if isinstance(nested := content.get("state_dict"), dict) else {}
     content = {k: torch.tensor(v) if isinstance(v, int) else v for k, v in content.items()}  # global_step is a number
     return {k: Stored(tuple(v.shape), partial(torch.Tensor.detach, v)) for k, v in content.items() if isinstance(v, Tensor)}
 
@@ -72,16 +73,16 @@ def unify(part: str, stored: dict[str, Stored]) -> dict[str, Stored]:
     """One spelling for all: leaves out what is no weight, renames old names, cuts OpenCLIP's fused projections in three."""
     result = {}
     for name, tensor in stored.items():
-        if re.search(layouts.NOT_WEIGHTS, name):
+        if re.search(NOT_WEIGHTS, name):
             continue
-        name = layouts.rename(name, layouts.SPELLINGS.get(part.split("_")[0], []))
+        name = rename(name, SPELLINGS.get(part.split("_")[0], []))
         if ".in_proj_" in name:
             for i, letter in enumerate("qkv"):
                 shape = (tensor.shape[0] // 3, *tensor.shape[1:])
                 third = Stored(shape, lambda read=tensor.read, i=i: read().chunk(3)[i])
                 result[name.replace("in_proj_", f"in_proj.{letter}.")] = third
         elif name == "text_projection":
-            result[name] = Stored(tensor.shape[::-1], lambda read=tensor.read: read().T)
+            result[name] = Stored(tensor.shape[::-1], lambda read=tensor.read: read().T.contiguous())
         else:
             result[name] = tensor
     return result
@@ -93,11 +94,11 @@ class Fitting:
 
     network: nn.Module
     stored: dict[str, Stored]
-    table: layouts.Table
+    table: Table
 
     def names(self) -> dict[str, str]:
         """The file's name of each of the network's weights."""
-        return layouts.names(self.network.state_dict(), self.table)
+        return names(self.network.state_dict(), self.table)
 
 
 def check(origin: Path, fittings: dict[str, Fitting]) -> None:

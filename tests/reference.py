@@ -242,7 +242,9 @@ def single_file(kind: str, networks: dict[str, nn.Module]) -> dict[str, Tensor]:
             "conditioner.embedders.1.model.": openclip_text(states["text_encoder_2"]),
         },
     }[kind]()
-    result = {f"{prefix}{name}": tensor.contiguous() for prefix, group in groups.items() for name, tensor in group.items()}
+    result = {
+        f"{prefix}{name}": tensor.clone().contiguous() for prefix, group in groups.items() for name, tensor in group.items()
+    }
     return result | ({name: torch.zeros(1000) for name in BUFFERS} if kind in ("sd15", "sd21") else {})
 
 

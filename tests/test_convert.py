@@ -103,8 +103,9 @@ def test_what_was_made_here_opens_in_the_reference_and_draws_the_same(tmp_path):
     ours = Pipeline(unet, vae, text, tokenizer, schedule, "v_prediction", "trailing", image_size=16)
     ours.to_diffusers(tmp_path)
     theirs, x = reference.opened(tmp_path), torch.randn(2, 4, 8, 8)
-    wanted = theirs(PROMPTS, negative_prompt=[NEGATIVE] * 2, latents=x, **GUIDED).images
-    given = ours(PROMPTS, NEGATIVE, sampler="ddim", latents=x, **OURS)
+    four = {"num_inference_steps": 4}  # where 1000 is no multiple of the steps, the reference's "trailing" misses by one
+    wanted = theirs(PROMPTS, negative_prompt=[NEGATIVE] * 2, latents=x, **GUIDED | four).images
+    given = ours(PROMPTS, NEGATIVE, sampler="ddim", latents=x, **OURS | {"steps": 4})
     assert (given - wanted).abs().max() <= 1e-3
     assert wanted.std() > 0.1
 
@@ -435,20 +436,23 @@ class Malicious:
         return Path.write_text, (self.path, "run")
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_malicious_pickle_is_not_run(published, tmp_path, zipped):
-    evidence, content = tmp_path / "evidence", {"state_dict": {"a": torch.zeros(1)}}
-    path = tmp_path / "bad.ckpt"
-    if zipped:
-        torch.save(content | {"callbacks": Malicious(evidence)}, path)
+@pytest.mark.parametrize("form", ["zip", "old", "plain"])
+def test_a_malicious_pickle_is_not_run(published, tmp_path, form):
+    path, evidence = tmp_path / "bad.ckpt", tmp_path / "evidence"
+    content = {"callbacks": Malicious(evidence)}
+    if form == "plain":
+        path.write_bytes(pickle.dumps(content, protocol=2))
     else:
-        path.write_bytes(pickle.dumps(content["state_dict"] and {"callbacks": Malicious(evidence)}))
-    with pytest.raises(ValueError, match="which could run code and was not opened"):
+        torch.save({"state_dict": {"a": torch.zeros(1)}} | content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(ValueError, match=r"which could run code and was not opened|bad.ckpt is damaged") as e:
         Pipeline.from_compvis(path, published["sd15"][3])
     assert not evidence.exists()
-    with path.open("rb") as f:  # and it was dangerous
-        torch.load(f, weights_only=False)
-    assert evidence.exists()
+    assert form == "plain" or "safetensors" in str(e.value)
+    if form == "plain":
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert evidence.exists()  # it was dangerous
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
@@ -467,7 +471,9 @@ def test_a_truncated_file_is_said_to_be_damaged(published, tmp_path, ending, kee
 def test_files_of_other_things_are_refused(published, tmp_path):
     vocabulary = published["sd15"][3]
     save_file({"lora_unet.down": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="no names that begin with model.diffusion_model., first_stage_model., but lora_unet"):
+    with pytest.raises(
+        ValueError, match=r"no names that begin with model\.diffusion_model\., first_stage_model\., but lora_unet"
+    ):
         Pipeline.from_compvis(tmp_path / "lora.safetensors", vocabulary)
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="no whole Stable Diffusion"):
@@ -478,7 +484,7 @@ def test_files_of_other_things_are_refused(published, tmp_path):
         Pipeline.from_compvis(tmp_path / "mute.safetensors", vocabulary)
     del state["model.diffusion_model.middle_block.1.proj_in.weight"]
     save_file(state, tmp_path / "hole.safetensors")
-    with pytest.raises(ValueError, match="no usable 'middle_block.1.proj_in.weight'"):
+    with pytest.raises(ValueError, match=r"no usable 'middle_block\.1\.proj_in\.weight'"):
         Pipeline.from_compvis(tmp_path / "hole.safetensors", vocabulary)
     with pytest.raises(FileNotFoundError, match="no file"):
         Pipeline.from_compvis(tmp_path / "none.safetensors", vocabulary)
@@ -493,7 +499,7 @@ def test_missing_and_damaged_parts_of_a_folder_are_named(published, tmp_path):
     with pytest.raises(ValueError, match=r"vae.config.json is damaged"):
         Pipeline.load(copy)
     (copy / "vae" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="settings file .* is damaged"):
+    with pytest.raises(ValueError, match=r"settings file .* is damaged"):
         Pipeline.load(copy)
     (copy / "vae" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no .*vae.config.json"):
@@ -576,7 +582,7 @@ def test_schedules_are_written_so_that_the_reference_reads_the_same(schedule, sp
 def test_where_a_schedulers_file_is_silent_its_class_speaks():
     for name in sorted(configs.LEADING | configs.LINSPACE):
         theirs = getattr(diffusers, name)().config
-        wanted = theirs.get("timestep_spacing", "leading")  # PNDM of old has none
+        wanted = theirs.get("timestep_spacing", "linspace")  # DPMSolverSinglestep has no choice
         assert configs.read_schedule({"_class_name": name})[2] == wanted, name
 
 
@@ -638,7 +644,7 @@ def test_a_hub_name_is_fetched(published, monkeypatch):
 
 
 def test_without_network_or_library_a_hub_name_says_what_to_do(monkeypatch):
-    with pytest.raises(OSError, match="could not be fetched from huggingface.co|nor could it be fetched"):
+    with pytest.raises(OSError, match="nor could it be fetched"):
         minildm.load("nobody/nothing-at-all")  # HF_HUB_OFFLINE is set
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'minildm\[hub\]'"):

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; what was saved is kept: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library wrote
         return 1
     return 0
 

@@ -171,7 +171,7 @@ def find_vocabulary(path: Path) -> Path:
         FileNotFoundError: it is in none of these.
     """
     places = [path.parent / VOCABULARY, path.parent / "tokenizer"]
-    if spec := find_spec("open_clip"):  # looked at, not imported
+    if (spec := find_spec("open_clip")) and spec.origin:  # looked at, not imported
         places.append(Path(spec.origin).parent / VOCABULARY)
     for place in places:
         if place.exists():

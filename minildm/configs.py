@@ -124,8 +124,7 @@ def read_unet(fields: dict) -> UNetConfig:
         ValueError: it asks for something that our U-Net has not; names the field and the value.
     """
     s = Settings("unet", fields)
-    widths = s.widths()
-    n = len(widths)
+    n = len(widths := s.widths())
     attends = s.kinds("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D"), n)
     if s.kinds("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D"), n) != attends[::-1]:
         raise s.refusal("up_block_types", "the mirror image of down_block_types")

@@ -24,6 +24,8 @@ from minildm.tokenizer import Tokenizer
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 
+# diffusers 0.42 hands torch tensors to numpy 2 in the old way
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 PROMPTS, NEGATIVE = ["a red cube", "2 red cubes, red!"], "cube"
 GUIDED = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "pt"}
 OURS = {"steps": 3, "guidance_scale": 4.0}
@@ -131,6 +133,15 @@ def test_what_is_read_can_be_written_and_is_what_the_reference_wrote(published, 
     theirs = reference.opened(tmp_path, getattr(diffusers, index["_class_name"]))
     assert type(theirs.text_encoder_2 if "2" in str(index.get("tokenizer_2")) else theirs.unet)
     assert theirs.scheduler.config.steps_offset == 1
+
+
+def test_a_single_file_becomes_a_folder(published, tmp_path):
+    _, folder, file, vocabulary = published["sdxl"]
+    one = Pipeline.from_compvis(file, vocabulary, device="cpu")  # its queries, keys and values are thirds of one tensor
+    one.to_diffusers(tmp_path / "theirs")
+    one.save(tmp_path / "ours")
+    assert same_weights(Pipeline.load(tmp_path / "theirs", device="cpu"), one)
+    assert same_weights(Pipeline.load(tmp_path / "ours", device="cpu"), one)
 
 
 # --------------------------------------------------------------------------------------------------------- names and counts
@@ -525,6 +536,44 @@ def test_configurations_come_back_as_they_went():
     for preset in ("sd15", "sd21", "sdxl_l", "sdxl_g"):
         cfg = getattr(TextConfig, preset)()
         assert configs.read_text(configs.write_text(cfg, cfg.skip_layers == 1, 49406, 49407), cfg.skip_layers == 1) == cfg
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("sd21", {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "upcast_attention": True}),
+        (
+            "sdxl",
+            {
+                "block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                "transformer_layers_per_block": [1, 2, 10], "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2816, "sample_size": 128,
+            },
+        ),
+        (
+            "sdxl_refiner",
+            {
+                "block_out_channels": [384, 768, 1536, 1536], "attention_head_dim": [6, 12, 24, 24],
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+                "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                "transformer_layers_per_block": 4, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2560, "cross_attention_dim": 1280, "sample_size": 128,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_the_settings_of_later_unets_are_understood(preset, changes):
+    """With every field that a release of the reference writes, left at its default where the model does not change it."""
+    with torch.device("meta"):
+        fields = dict(diffusers.UNet2DConditionModel(block_out_channels=(32,) * 4).config)
+    fields |= {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "use_linear_projection": True,
+        "num_attention_heads": None,
+    } | changes
+    assert configs.read_unet(json.loads(json.dumps(fields))) == getattr(UNetConfig, preset)()
 
 
 def test_the_published_settings_of_sd15_are_understood():

@@ -14,6 +14,8 @@ from minildm.schedule import NoiseSchedule
 from minildm.sdxl import Framing, SDXLText, SDXLTextConfig, TokenizerPair, describe, hand_over
 from minildm.tiling import decode_tiled
 
+# diffusers 0.42 hands torch tensors to numpy 2 in the old way
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 PROMPTS = ["a red cube", "2 red cubes, red!"]
 GUIDED = {"num_inference_steps": 5, "guidance_scale": 4.0}
 OURS = {"steps": 5, "guidance_scale": 4.0}

@@ -20,7 +20,7 @@ bench: .venv/all
 	$(PY) tests/benchmarks/run.py
 
 clean:
-	rm -rf .venv out build dist *.egg-info .pytest_cache .ruff_cache .coverage
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .coverage
 
 .venv/core: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv

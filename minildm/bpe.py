@@ -65,7 +65,7 @@ def lower(text: str) -> str:
     return "".join(char.lower() for char in text)
 
 
-def merge(symbols: list[str], pair: Pair) -> list[str]:
+def glue(symbols: list[str], pair: Pair) -> list[str]:
     """Glue every occurrence of a pair of neighbours into one symbol, from left to right."""
     merged = []
     for symbol in symbols:
@@ -102,7 +102,7 @@ def learn_merges(word_counts: dict[str, int], n: int) -> list[Pair]:
         for i in where.pop(best):
             for pair in pairwise(words[i]):
                 pair_counts[pair] -= counts[i]
-            words[i] = merge(words[i], best)
+            words[i] = glue(words[i], best)
             for pair in pairwise(words[i]):
                 pair_counts[pair] += counts[i]
                 where[pair].add(i)

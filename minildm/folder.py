@@ -1,6 +1,6 @@
 """Pictures in memory with their captions, and how they come from a folder of your own.
 
-A folder is a stranger's: names that lead out of it, broken files and bombs are left out and named, not followed, not crashed on.
+A folder is a stranger's: names that lead out of it, broken files and bombs are left out and named, never followed.
 """
 
 import json

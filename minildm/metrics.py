@@ -20,12 +20,19 @@ class Judge(nn.Module):
 
     Args:
         size: side of the pictures in pixels, a multiple of 8.
+        objects: how many objects its pictures hold, 1 or 2.
         width: channels of the first layer.
+
+    Raises:
+        ValueError: size is not a multiple of 8.
     """
 
-    def __init__(self, size: int = 32, width: int = 32):
+    def __init__(self, size: int = 32, objects: int = 1, width: int = 32):
         super().__init__()
-        self.size = size
+        if size < 8 or size % 8:
+            raise ValueError(f"size is {size}; a judge reads pictures whose side is a multiple of 8, such as 32 or 64")
+        self.size, self.objects = size, objects
+        fields = list(FIELDS.values())[: 5 if objects == 1 else 8]
         self.features = nn.Sequential(
             nn.Conv2d(3, width, kernel_size=3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(width, width, kernel_size=3, padding=1), nn.GroupNorm(8, width), nn.ReLU(),
@@ -34,45 +41,48 @@ class Judge(nn.Module):
             nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1), nn.GroupNorm(8, 4 * width), nn.ReLU(),
             nn.Flatten(), nn.Linear(4 * width * (size // 8) ** 2, 256), nn.ReLU(),
         )  # fmt: skip
-        self.heads = nn.ModuleList([nn.Linear(256, len(names)) for names in FIELDS.values()])
+        self.heads = nn.ModuleList([nn.Linear(256, len(names)) for names in fields])
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Pictures (B, 3, size, size) in [-1, 1] to the logits of each attribute, 8 tensors (B, choices)."""
+        """Pictures (B, 3, size, size) in [-1, 1] to the logits of each attribute, 5 or 8 tensors (B, choices)."""
         if images.shape[1:] != (3, self.size, self.size):
             raise ValueError(f"this judge reads pictures (B, 3, {self.size}, {self.size}), and was given {tuple(images.shape)}")
         h = self.features(images)
         return [head(h) for head in self.heads]
 
     def loss(self, images: Tensor, attributes: Tensor) -> Tensor:
-        """Cross-entropy summed over the attributes that the pictures have; attributes (B, 8) int64, -1 where there is none."""
-        present = (attributes >= 0).any(dim=0)
-        logits = self(images)
-        return sum(F.cross_entropy(logits[k], attributes[:, k], ignore_index=-1) for k in range(len(FIELDS)) if present[k])
+        """Cross-entropy summed over the attributes; attributes (B, 8) int64."""
+        return sum(F.cross_entropy(logit, attributes[:, k]) for k, logit in enumerate(self(images)))
 
     @torch.no_grad()
     def read(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """The likeliest attributes, (B, 8) int64."""
+        """The likeliest attributes, (B, 8) int64; -1 in the columns of a second object that this judge does not look for."""
         self.eval()
         device = next(self.parameters()).device
         chunks = [self(chunk.to(device)) for chunk in images.split(batch_size)]
-        return torch.cat([torch.stack([logit.argmax(dim=1) for logit in chunk], dim=1) for chunk in chunks]).cpu()
+        read = torch.cat([torch.stack([logit.argmax(dim=1) for logit in chunk], dim=1) for chunk in chunks]).cpu()
+        return F.pad(read, (0, len(FIELDS) - read.shape[1]), value=-1)
 
 
-def load_judge(size: int = 32) -> tuple[Judge, dict[str, str]]:
-    """The shipped judge for Shapes of one size, and what its file says of it: recipe, versions, its accuracy on real renders.
+def load_judge(size: int = 32, objects: int = 1) -> tuple[Judge, dict[str, str]]:
+    """The shipped judge for one kind of Shapes, and what its file says of it: recipe, versions, accuracy on real renders.
 
     Raises:
-        FileNotFoundError: no judge of that size is shipped; says how to train one.
+        FileNotFoundError: no judge of that kind is shipped; says how to train one.
     """
-    path = Path(__file__).parent / "weights" / f"judge-shapes{size}.safetensors"
+    path = Path(__file__).parent / "weights" / judge_file(size, objects)
     if not path.exists():
-        raise FileNotFoundError(
-            f"no judge at {path}; train one: python -m minildm train judge --size {size} --out {path.parent}"
-        )
+        command = f"python -m minildm judge --size {size} --objects {objects} --out {path.parent}"
+        raise FileNotFoundError(f"no judge at {path}; train one: {command}")
     with safe_open(path, framework="pt") as f:
-        judge = Judge(size=size)
+        judge = Judge(size=size, objects=objects)
         judge.load_state_dict({name: f.get_tensor(name).float() for name in f.keys()})  # noqa: SIM118
         return judge.eval(), f.metadata()
+
+
+def judge_file(size: int, objects: int) -> str:
+    """What the file of a judge is called."""
+    return f"judge-shapes{size}-objects{objects}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,13 @@ class CaptionAccuracy:
     all_correct: float  # every named attribute right
     each: dict[str, float]  # by attribute, over the captions that name it
     count: int  # pictures judged
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where all_correct lies with 95 % confidence, given that only `count` pictures were judged.  Wilson 1927."""
+        z2_n, p = 1.96**2 / self.count, self.all_correct
+        middle, half = p + z2_n / 2, (z2_n * (p * (1 - p) + z2_n / 4)) ** 0.5
+        return max(0.0, (middle - half) / (1 + z2_n)), min(1.0, (middle + half) / (1 + z2_n))
 
 
 def caption_accuracy(read: Tensor, attributes: Tensor, mentioned: Tensor | None = None) -> CaptionAccuracy:
@@ -93,13 +110,15 @@ def caption_accuracy(read: Tensor, attributes: Tensor, mentioned: Tensor | None 
         mentioned: (N, 8) bool, which of them the caption names; None for all there are.
 
     Raises:
-        ValueError: no pictures, or shapes that differ.
+        ValueError: no pictures, shapes that differ, or captions of two objects before a judge that looks for one.
     """
     if read.shape != attributes.shape or len(read) == 0:
         raise ValueError(
             f"read is {tuple(read.shape)} and attributes {tuple(attributes.shape)}; expected the same (N, 8), N > 0"
         )
     asked = attributes >= 0 if mentioned is None else mentioned & (attributes >= 0)
+    if (asked & (read < 0)).any():
+        raise ValueError("the captions name a second object, and the judge looked for one: use Judge(objects=2)")
     right = read == attributes
     each = {name: right[asked[:, k], k].float().mean().item() for k, name in enumerate(FIELDS) if asked[:, k].any()}
     return CaptionAccuracy((right | ~asked).all(dim=1).float().mean().item(), each, len(read))

@@ -45,6 +45,7 @@ class Pipeline:
     spacing: str = "leading"
     image_size: int = 512  # side of the pictures it was trained on, in pixels
     zero_negative: bool = False  # without a negative prompt, SDXL moves away from zeros, not from the empty caption
+    guidance_scale: float = 7.5  # what it is drawn with where no other is asked for
 
     def __post_init__(self):
         for part in self._networks().values():
@@ -56,7 +57,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         negative_prompt: str = "",
         steps: int = 20,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         sampler: str = "dpmpp_2m",
         seed: int | None = None,
         n: int = 1,
@@ -76,7 +77,8 @@ class Pipeline:
             prompt: a caption, or several.
             negative_prompt: what to move away from; the empty caption by default.
             steps: how many times the sampler asks the U-Net, about; from 1 to the schedule's T.
-            guidance_scale: how much more than the data to obey the caption; 1 for no guidance.
+            guidance_scale: how much more than the data to obey the caption; 1 for no guidance, None for the model's own, which
+                is 7.5 for published ones.
             sampler: "ddim", "ddpm", "euler", "heun" or "dpmpp_2m".
             seed: picture k of the answer starts from noise of seed + k, whatever is drawn beside it; None for a new one.
             n: pictures for each prompt.
@@ -101,17 +103,20 @@ class Pipeline:
         if n < 1:
             raise ValueError(f"n is {n}; ask for at least 1 picture")
         prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if not 0 <= refine_from <= 1:
             raise ValueError(f"refine_from is {refine_from}; expected a share of the schedule, in [0, 1]")
         generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, len(prompts))]
         if latents is None:
-            shape = self._latent_shape(height or self.image_size, width or self.image_size)
+            shape = self._latent_shape(*(self.image_size if side is None else side for side in (height, width)))
             latents = torch.cat([torch.randn(1, *shape, generator=g) for g in generators])
         x = latents.to(self.device, self.dtype)
         size = tuple(side * self.vae.cfg.downsampling for side in x.shape[2:])
         framing = framing or Framing()
         model = self.model(prompts, negative_prompt, size, framing, guidance_scale, rescale)
         if refiner is not None:
+            if refiner.prediction_type != self.prediction_type:
+                raise ValueError(f"the refiner predicts {refiner.prediction_type}, this model {self.prediction_type}: no pair")
             finish = refiner.model(prompts, negative_prompt, size, framing, guidance_scale, rescale)
             model = hand_over(model, finish, cutoff=round(self.schedule.T * (1 - refine_from)))
         z = SAMPLERS[sampler](
@@ -175,11 +180,11 @@ class Pipeline:
         To spare memory large ones are decoded one at a time, and those of more than 160 x 160 latents in tiles.
         """
         z = z.to(self.vae.quant_conv.weight) / self.vae.cfg.scaling_factor
-        large = z.shape[2] * z.shape[3]
-        if large > 160 * 160:
+        area = z.shape[2] * z.shape[3]
+        if area > 160 * 160:
             pictures = [decode_tiled(self.vae.decode, one) for one in z.split(1)]
         else:
-            pictures = [self.vae.decode(some) for some in z.split(1 if large > 32 * 32 else 64)]
+            pictures = [self.vae.decode(some) for some in z.split(1 if area > 32 * 32 else 64)]
         return (torch.cat(pictures).float().cpu() / 2 + 0.5).clamp(0, 1)
 
     @property
@@ -209,7 +214,8 @@ class Pipeline:
         tensors["alpha_bar"] = self.schedule.alpha_bar
         settings = {
             "format": FORMAT, "prediction_type": self.prediction_type, "spacing": self.spacing, "image_size": self.image_size,
-            "zero_negative": self.zero_negative, **{name: asdict(part.cfg) for name, part in self._networks().items()},
+            "zero_negative": self.zero_negative, "guidance_scale": self.guidance_scale,
+            **{name: asdict(part.cfg) for name, part in self._networks().items()},
         }  # fmt: skip
         write_atomically(folder / "model.safetensors", lambda beside: save_file(tensors, beside))
         self.tokenizer.save(folder)
@@ -255,7 +261,7 @@ class Pipeline:
         tokenizer = (TokenizerPair if isinstance(text, SDXLText) else Tokenizer).load(folder)
         pipe = cls(
             unet, vae, text, tokenizer, NoiseSchedule(alpha_bar), settings["prediction_type"], settings["spacing"],
-            settings["image_size"], settings.get("zero_negative", False),
+            settings["image_size"], settings.get("zero_negative", False), settings.get("guidance_scale", 7.5),
         )  # fmt: skip
         return pipe.to(device or best_device(), dtype)
 

@@ -1,5 +1,8 @@
-"""Pictures of pictures: a grid of images with a caption under each."""
+"""Pictures of pictures: a grid of images with a caption under each, and figures that say in words what they show."""
 
+import base64
+import html
+import io
 import textwrap
 
 from einops import rearrange
@@ -42,3 +45,66 @@ def caption_grid(images: Tensor, captions: list[str], columns: int = 6, side: in
         for row, line in enumerate(lines):
             draw.text((x, y + side + 2 + 16 * row), line, fill=(40, 40, 40), font=font)
     return sheet
+
+
+class DescribedImage:
+    """A picture for a notebook, with its alternative text: what it shows, for a reader who cannot see it.
+
+    Args:
+        picture: the picture; it is stored with at most 256 colours, which keeps notebooks small.
+        alt: one or two sentences that say what is to be seen.
+
+    Raises:
+        ValueError: alt is empty.
+    """
+
+    def __init__(self, picture: Image.Image, alt: str):
+        if not alt.strip():
+            raise ValueError("alt is empty; say in a sentence what the figure shows")
+        buffer = io.BytesIO()
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        self.alt, self.width, self.png = " ".join(alt.split()), picture.width, buffer.getvalue()
+
+    def __repr__(self) -> str:
+        return self.alt
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(self.png).decode()
+        return f'<img alt="{html.escape(self.alt)}" width="{self.width}" src="data:image/png;base64,{data}">'
+
+
+def figure(fig, alt: str) -> DescribedImage:
+    """Turns a matplotlib figure into a small picture with alternative text, and closes it.
+
+    Args:
+        fig: the matplotlib figure.
+        alt: what is to be seen, in a sentence or two.
+
+    Raises:
+        ValueError: alt is empty.
+    """
+    import matplotlib.pyplot as plt  # here, because the rest of this module does without
+
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    plt.close(fig)  # or the notebook would show it a second time, without its words
+    return DescribedImage(Image.open(buffer), alt)
+
+
+def show(images: Tensor, captions: list[str] | None = None, *, alt: str, columns: int = 6, side: int = 96) -> DescribedImage:
+    """Pictures in rows, each over its caption, for a notebook.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1], N > 0; of pictures x in [-1, 1] pass (x + 1) / 2.
+        captions: N of them, or None for none.
+        alt: what is to be seen, in a sentence or two.
+        columns: pictures in a row.
+        side: width of a picture, in pixels of the sheet.
+
+    Raises:
+        ValueError: alt is empty, there is not one caption for each picture, or images lie well outside [0, 1].
+    """
+    low, high = images.min().item(), images.max().item()
+    if low < -0.4 or high > 1.4:
+        raise ValueError(f"images run from {low:.2f} to {high:.2f}; expected [0, 1]: pass (images + 1) / 2, or clamp them")
+    return DescribedImage(caption_grid(images, captions or [""] * len(images), columns=columns, side=side), alt)

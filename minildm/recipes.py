@@ -3,6 +3,7 @@
 A recipe is a value.  `train_parts` turns it into trained networks; what is done with those is the caller's business.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from minildm.vae import AutoencoderKL, VAEConfig
 class Recipe:
     """All choices of a text-to-image training run."""
 
+    size: int  # side of the pictures in pixels
     vae: VAEConfig
     unet: UNetConfig
     first: Fit  # the autoencoder
@@ -48,14 +50,15 @@ class Recipe:
     dropout: float = 0.1  # share of the captions left out, for guidance
     prediction_type: str = "v_prediction"
     spacing: str = "trailing"  # begins where the schedule ends: at pure noise
+    guidance_scale: float = 3.0  # what such models like best
 
     @classmethod
     def small(
         cls,
         size: int = 32,
-        vae_steps: int = 1000,
+        vae_steps: int = 1400,
         word_steps: int = 300,
-        steps: int = 5000,
+        steps: int = 3400,
         pictures: int = 20_000,
         seed: int = 0,
     ) -> "Recipe":
@@ -63,8 +66,9 @@ class Recipe:
         if size % 8:
             raise ValueError(f"size is {size}; choose a multiple of 8, such as 32 or 64")
         return cls(
+            size=size,
             pictures=pictures,
-            vae=VAEConfig(widths=(96,), blocks=1, groups=8, mid_attention=False, patch=4, scaling_factor=1.0),
+            vae=VAEConfig.mini(),
             unet=UNetConfig.tiny(),
             first=Fit(steps=vae_steps, lr=2e-3, batch_size=32, seed=seed, ema=0.99),
             words=Fit(steps=word_steps, lr=1e-3, batch_size=128, seed=seed + 1, ema=0.99),
@@ -106,25 +110,38 @@ def train_parts(
     vae.cfg = replace(vae.cfg, scaling_factor=latents.scaling_factor)
 
     tokenizer = Tokenizer.train(latents.captions, recipe.vocab_size, context_length=recipe.context_length, lowercase=True)
+    ids = _tokenise(tokenizer, latents.captions)
     torch.manual_seed(recipe.words.seed)
     words = replace(TextConfig.tiny(tokenizer.vocab_size, recipe.context_length), end_id=tokenizer.end_id)
     clip = CLIP(words, ImageConfig.tiny(dataset.size)).to(device)
-    run(train_clip(clip, dataset, tokenizer, recipe.words, folder and folder / "clip"), "text encoder")
+    run(train_clip(clip, dataset, ids, recipe.words, folder and folder / "clip"), "text encoder")
 
     torch.manual_seed(recipe.second.seed)
     unet = UNet(recipe.unet).to(device)
     schedule = NoiseSchedule.scaled_linear().zero_terminal_snr()
     stage = train_diffusion(
-        unet, clip.text, schedule, latents, tokenizer(latents.captions), tokenizer([""]), recipe.second,
+        unet, clip.text, schedule, latents, ids, tokenizer([""]), recipe.second,
         folder and folder / "diffusion", prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,
     )  # fmt: skip
     run(stage, "diffusion")
     return Parts(unet, vae, clip.text, tokenizer, schedule)
 
 
+def _tokenise(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
+    """All captions as rows of ids, with one warning for all that are too long."""
+    with warnings.catch_warnings(record=True) as too_long:
+        warnings.simplefilter("always")
+        ids = tokenizer(captions)
+    if too_long:
+        said = f"{len(too_long)} of {len(captions)} captions are longer than {tokenizer.context_length} tokens and were cut"
+        warnings.warn(f"{said}; the first: {too_long[0].message}", stacklevel=3)
+    return ids
+
+
 def train_judge(judge: Judge, cfg: Fit, folder: Path | None = None) -> Iterator[Progress]:
     """Teaches a judge to read Shapes, held-out combinations too, through blur and noise as a generator might leave them."""
-    pictures = Shapes(size=judge.size, seed=1_000_000, split="all")
+    pictures = Shapes(size=judge.size, objects=judge.objects, seed=1_000_000, split="all")
+    device = next(judge.parameters()).device
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         generator = step_generator(cfg.seed, step)
@@ -134,12 +151,12 @@ def train_judge(judge: Judge, cfg: Fit, folder: Path | None = None) -> Iterator[
             x = gaussian_blur(x, kernel_size=[5, 5], sigma=[1.8 * (blur - 0.4) + 0.05] * 2)
         grain = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
         x = x + grain * torch.randn(x.shape, generator=generator)
-        return judge.loss(x, drawn.attributes), {}
+        return judge.loss(x.to(device), drawn.attributes.to(device)), {}
 
     yield from fit(judge, loss_at, cfg, folder)
 
 
 def judge_accuracy(judge: Judge, count: int = 4000) -> float:
     """The share of fresh, clean renders of which a judge reads every attribute right."""
-    drawn = Shapes(size=judge.size, seed=2_000_000, split="all").draw(range(count))
+    drawn = Shapes(size=judge.size, objects=judge.objects, seed=2_000_000, split="all").draw(range(count))
     return caption_accuracy(judge.read(drawn.images), drawn.attributes).all_correct

@@ -6,7 +6,6 @@ training found them to be frequent.  What no merge covers stays a byte, so no te
 
 import gzip
 import json
-import os
 import re
 import unicodedata
 import warnings
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minildm.bpe import (
+from minildm.bpe import (  # the alphabet and the rules  # the steps
     BYTE_OF,
     CLIP_WORDS,
     END,
@@ -30,11 +29,12 @@ from minildm.bpe import (
     SYMBOL_OF,
     Pair,
     cut,
+    glue,
     learn_merges,
     lower,
-    merge,
     spell,
 )
+from minildm.checkpoint import write_atomically
 
 CLIP_MERGES = 49408 - 2 * 256 - 2  # its vocabulary less each byte, within a word and at its end, and START and END
 
@@ -160,10 +160,8 @@ class Tokenizer:
             files = {"tokenizer.json": json.dumps(_describe(self), ensure_ascii=False)}
         files["tokenizer_config.json"] = json.dumps(config, indent=2)
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (folder / f"{name}.tmp").write_text(text, encoding="utf-8", newline="\n")
-            os.replace(folder / f"{name}.tmp", folder / name)
+            write_atomically(folder / name, lambda beside, text=text: beside.write_text(text, encoding="utf-8", newline="\n"))
         for name in {"vocab.json", "merges.txt", "tokenizer.json", *_SETTINGS} - files.keys():
             (folder / name).unlink(missing_ok=True)
 
@@ -229,7 +227,7 @@ class Tokenizer:
         symbols = spell(word)
         symbols[-1] += self.end_of_word
         while pairs := self._rank.keys() & pairwise(symbols):
-            symbols = merge(symbols, min(pairs, key=self._rank.__getitem__))  # the pair that was learnt first
+            symbols = glue(symbols, min(pairs, key=self._rank.__getitem__))  # the pair that was learnt first
         return [self.vocab[symbol] for symbol in symbols]
 
     def _text(self, ids: list[int]) -> str:

@@ -1,12 +1,13 @@
 """Training: one loop for everything, as a generator, so that a notebook, a test and the command line drive the same code.
 
 `fit` is given a function from a step's number to that step's loss, and all randomness of step n comes from a generator seeded
-by (seed, n).  A run therefore has no hidden state: stopped and resumed, it ends where it would have ended.
+by (seed, n).  A run therefore has no hidden state: stopped and resumed, it ends where it would have ended, on a CPU to the bit.
 """
 
+import json
 import math
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -18,7 +19,6 @@ from tqdm.auto import tqdm
 from minildm.checkpoint import resume, save_checkpoint
 from minildm.clip import CLIP, TextEncoder, contrastive_loss
 from minildm.schedule import NoiseSchedule
-from minildm.tokenizer import Tokenizer
 from minildm.unet import UNet
 from minildm.vae import AutoencoderKL, vae_loss
 
@@ -26,7 +26,10 @@ Result = TypeVar("Result")
 
 
 class Dataset(Protocol):
-    """What training asks of a dataset: its length, and pictures (N, 3, H, W) in [-1, 1] with their captions by number."""
+    """What training asks of a dataset: its length, and pictures (N, 3, size, size) in [-1, 1] with their captions by number."""
+
+    name: str
+    size: int
 
     def __len__(self) -> int: ...
     def batch(self, indices: list[int]) -> tuple[Tensor, list[str]]: ...
@@ -42,7 +45,7 @@ class Fit:
     warmup: int = 100
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0  # longest gradient, by its norm
+    max_norm: float = 1.0  # longer gradients are shortened to this
     ema: float = 0.999  # decay of the averaged weights; 0 keeps none
     seed: int = 0
     save_every: int = 500  # steps between checkpoints, where a folder is given
@@ -54,7 +57,7 @@ class Progress:
 
     step: int  # counted from 1
     steps: int
-    loss: float
+    loss: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
 
 
@@ -70,10 +73,10 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xD1342543DE82EF95 + 1) % 2**63)
 
 
-def learning_rate(step: int, fit: Fit) -> float:
+def learning_rate(step: int, cfg: Fit) -> float:
     """Linear warm-up, then half a cosine to zero.  Loshchilov & Hutter 2017, equation 5."""
-    rise = min(1.0, (step + 1) / max(1, fit.warmup))
-    return fit.lr * rise * 0.5 * (1 + math.cos(math.pi * step / fit.steps))
+    rise = min(1.0, (step + 1) / max(1, cfg.warmup))
+    return cfg.lr * rise * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
 
 
 def fit(
@@ -88,12 +91,14 @@ def fit(
         folder: where checkpoints go and where an earlier run of the same settings is taken up again; None for neither.
 
     Raises:
-        FloatingPointError: the loss is not a number any more; says at which step, and what to do.
+        FloatingPointError: the loss or its gradient is not a number any more; says at which step, and what to do.
+        ValueError: the folder holds a run of another model or with other settings.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
-    start = resume(folder, parameters, average, optimizer) if folder else 0
+    settings = json.loads(json.dumps(asdict(cfg)))  # as a checkpoint will give them back
+    start = resume(folder, settings, model, average, optimizer) if folder else 0
     device = next(iter(parameters.values())).device
     model.train()
     for step in range(start, cfg.steps):
@@ -101,21 +106,22 @@ def fit(
             group["lr"] = learning_rate(step, cfg)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             loss, parts = loss_at(step)
-        value = loss.item()
-        if not math.isfinite(value):
-            kept = f"; the last good checkpoint is in {folder}" if folder else ""
-            raise FloatingPointError(
-                f"the loss is {value} at step {step + 1} of {cfg.steps}: try a lower lr than {cfg.lr}{kept}"
-            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), cfg.clip)
+        length = nn.utils.clip_grad_norm_(parameters.values(), cfg.max_norm).item()
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(length)):
+            raise FloatingPointError(
+                f"the loss is {value} and its gradient {length} at step {step + 1} of {cfg.steps}, with a learning rate of "
+                f"{learning_rate(step, cfg):.2g}: lower it, or try another seed; checkpoints from before are kept"
+            )
         optimizer.step()
         decay = min(cfg.ema, (1 + step) / (10 + step))  # young averages forget faster
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        for name, p in parameters.items():
+            average[name].lerp_(p.detach(), 1 - decay)
         done = step + 1
         if folder and (done % cfg.save_every == 0 or done == cfg.steps):
-            save_checkpoint(folder, done, parameters, average, optimizer)
+            save_checkpoint(folder, done, settings, model, average, optimizer)
         yield Progress(done, cfg.steps, value, {name: part.item() for name, part in parts.items()})
     if cfg.ema:
         with torch.no_grad():
@@ -137,7 +143,8 @@ def watch(progress: Generator[Progress, None, Result] | Iterator[Progress], labe
             bar.close()
             raise
         bar.total, bar.n = p.steps, p.step
-        bar.set_postfix(loss=f"{p.loss:.4f}", refresh=False)
+        if p.loss is not None:
+            bar.set_postfix(loss=f"{p.loss:.4f}", refresh=False)
         bar.update(0)
 
 
@@ -165,22 +172,23 @@ def train_autoencoder(
     yield from fit(vae.to(memory_format=torch.channels_last), loss_at, cfg, folder)
 
 
-def train_clip(clip: CLIP, dataset: Dataset, tokenizer: Tokenizer, cfg: Fit, folder: Path | None = None) -> Iterator[Progress]:
+def train_clip(clip: CLIP, dataset: Dataset, ids: Tensor, cfg: Fit, folder: Path | None = None) -> Iterator[Progress]:
     """Teaches a text and an image encoder to find each other's caption and picture in a crowd.  Radford et al. 2021.
 
     Args:
         clip: changed in place; its text encoder is what the diffusion will listen to.
         dataset: captioned pictures, at the image encoder's size.
-        tokenizer: the text encoder's.
+        ids: the captions of the first N pictures, tokenised, (N, L): the ones to train on.
         cfg: how long and how boldly; the batch is the crowd.
         folder: for checkpoints, or None.
     """
     device = next(clip.parameters()).device
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        picks = torch.randint(len(dataset), (cfg.batch_size,), generator=step_generator(cfg.seed, step)).tolist()
-        x, captions = dataset.batch(picks)
-        return contrastive_loss(*clip(x.to(device), tokenizer(captions).to(device)), clip.logit_scale), {}
+        picks = torch.randint(len(ids), (cfg.batch_size,), generator=step_generator(cfg.seed, step))
+        x = dataset.batch(picks.tolist())[0].to(device)
+        image, text = clip(x, ids[picks].to(device))
+        return contrastive_loss(image.float(), text.float(), clip.logit_scale), {}
 
     yield from fit(clip, loss_at, cfg, folder)
 
@@ -214,7 +222,7 @@ def cache_latents(
         means.append(posterior.mean.float().cpu().contiguous())
         stds.append(posterior.std.float().cpu().contiguous())
         captions += words
-        yield Progress(len(captions), count, 0.0)
+        yield Progress(len(captions), count)
     mean, std = torch.cat(means), torch.cat(stds)
     spread = (mean.var() + std.square().mean()).sqrt().item()  # of samples: what the means vary, and what each adds
     return Latents(mean, std, captions, 1 / spread)
@@ -232,7 +240,7 @@ def train_diffusion(
     *,
     prediction_type: str = "v_prediction",
     dropout: float = 0.1,
-    min_snr_gamma: float | None = 5.0,
+    min_snr_gamma: float | None = None,
 ) -> Iterator[Progress]:
     """Second stage: teaches a U-Net to denoise latents, while a finished text encoder tells it what they show.
 
@@ -247,7 +255,8 @@ def train_diffusion(
         folder: for checkpoints, or None.
         prediction_type: "epsilon", "v_prediction" or "sample".
         dropout: share of the captions replaced by the empty one, in [0, 1]: what guidance needs.  Ho & Salimans 2022.
-        min_snr_gamma: where the loss weight of clean timesteps is cut off, or None.  Hang et al. 2023.
+        min_snr_gamma: where the loss weight of clean timesteps is cut off, 5 say; None weighs all alike.
+            Hang et al. 2023.
     """
     device = next(unet.parameters()).device
     text.eval()

@@ -77,7 +77,7 @@ class UNetConfig:
         )  # fmt: skip
 
 
-class Level(nn.Module):
+class UNetLevel(nn.Module):
     """One resolution: ResBlocks, a transformer after each (or none), and a change of resolution at the end (or none)."""
 
     def __init__(self, cfg: UNetConfig, index: int, ins: list[int], resample: nn.Module | None):
@@ -95,7 +95,7 @@ class Level(nn.Module):
         return self.attn[j](x, context) if self.attn else x
 
 
-class Middle(nn.Module):
+class UNetMiddle(nn.Module):
     """The lowest resolution: ResBlock, transformer, ResBlock."""
 
     def __init__(self, cfg: UNetConfig):
@@ -130,16 +130,16 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for i, width in enumerate(cfg.widths):
             ins = [channels] + [width] * (cfg.blocks - 1)
-            self.down.append(Level(cfg, i, ins, Downsample(width) if i < last else None))
+            self.down.append(UNetLevel(cfg, i, ins, Downsample(width) if i < last else None))
             skips += [width] * cfg.blocks + [width] * (i < last)
             channels = width
 
-        self.mid = Middle(cfg)
+        self.mid = UNetMiddle(cfg)
 
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(cfg.widths))):
             ins = [(channels if j == 0 else width) + skips.pop() for j in range(cfg.blocks + 1)]
-            self.up.append(Level(cfg, i, ins, Upsample(width) if i > 0 else None))
+            self.up.append(UNetLevel(cfg, i, ins, Upsample(width) if i > 0 else None))
             channels = width
 
         self.norm_out = nn.GroupNorm(cfg.groups, first)

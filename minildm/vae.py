@@ -46,7 +46,12 @@ class VAEConfig:
     @classmethod
     def tiny(cls) -> "VAEConfig":
         """64 x 64 x 3 to 8 x 8 x 4, the same 48 times, small enough to train on a laptop."""
-        return cls(widths=(48, 96, 96), blocks=1, groups=8, mid_attention=False, patch=2, scaling_factor=1.0)
+        return cls(widths=(96, 128), blocks=1, groups=8, mid_attention=False, patch=4, scaling_factor=1.0)
+
+    @classmethod
+    def mini(cls) -> "VAEConfig":
+        """32 x 32 x 3 to 8 x 8 x 4, for a demonstration in minutes."""
+        return cls(widths=(96,), blocks=1, groups=8, mid_attention=False, patch=4, scaling_factor=1.0)
 
 
 class DiagonalGaussian:
@@ -80,7 +85,7 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
-class Level(nn.Module):
+class VAELevel(nn.Module):
     """ResBlocks at one resolution, and a change of resolution after them, or none."""
 
     def __init__(self, blocks: list[nn.Module], resample: nn.Module | None):
@@ -95,7 +100,7 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-class Middle(nn.Module):
+class VAEMiddle(nn.Module):
     """The bottom of the autoencoder: ResBlock, attention over all positions (or not), ResBlock."""
 
     def __init__(self, channels: int, cfg: VAEConfig):
@@ -122,9 +127,9 @@ class Encoder(nn.Module):
             ins = [channels] + [width] * (cfg.blocks - 1)
             blocks = [ResBlock(c, width, groups=cfg.groups, eps=1e-6) for c in ins]
             last = i == len(cfg.widths) - 1
-            self.down.append(Level(blocks, None if last else Downsample(width, pad_evenly=False)))
+            self.down.append(VAELevel(blocks, None if last else Downsample(width, pad_evenly=False)))
             channels = width
-        self.mid = Middle(channels, cfg)
+        self.mid = VAEMiddle(channels, cfg)
         self.norm_out = nn.GroupNorm(cfg.groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * cfg.latent_channels, kernel_size=3, padding=1)
 
@@ -146,12 +151,12 @@ class Decoder(nn.Module):
         self.patch = cfg.patch
         channels = cfg.widths[-1]
         self.conv_in = nn.Conv2d(cfg.latent_channels, channels, kernel_size=3, padding=1)
-        self.mid = Middle(channels, cfg)
+        self.mid = VAEMiddle(channels, cfg)
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(cfg.widths))):
             ins = [channels] + [width] * cfg.blocks
             blocks = [ResBlock(c, width, groups=cfg.groups, eps=1e-6) for c in ins]
-            self.up.append(Level(blocks, Upsample(width) if i else None))
+            self.up.append(VAELevel(blocks, Upsample(width) if i else None))
             channels = width
         self.norm_out = nn.GroupNorm(cfg.groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, cfg.in_channels * cfg.patch**2, kernel_size=3, padding=1)

@@ -3,18 +3,23 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 PYTHON = [sys.executable, "-m"]
+CHAPTERS = sorted(str(path) for path in Path("chapters").glob("[0-9][0-9]_*.ipynb"))
 STEPS = (
     [*PYTHON, "ruff", "check", "."],
     [*PYTHON, "ruff", "format", "--check", "."],
     [*PYTHON, "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow", "--durations", "10",
      "--cov", "minildm", "--cov-report", "term-missing:skip-covered", "--cov-fail-under", "90"],
+    # Every chapter, run anew from its first cell, puts out what is stored in it; each in a process of its own.
+    [*PYTHON, "pytest", "--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", "--nbval-current-env",
+     "--nbval-cell-timeout", "180", "-x", "-n", "2", "--dist", "loadfile", "--durations", "5", *CHAPTERS] if CHAPTERS else [],
 )  # fmt: skip
 
 if __name__ == "__main__":
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # two processes of one thread: more would wait for each other
-    for step in STEPS:
+    for step in filter(None, STEPS):
         print("+", " ".join(step[1:]), flush=True)
         if code := subprocess.run(step, env=os.environ | threads).returncode:
             sys.exit(code)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import minildm
 from minildm import compvis, configs, convert, layouts
+from minildm.__main__ import main
 from minildm.clip import TextConfig, TextEncoder
 from minildm.pipeline import Pipeline
 from minildm.schedule import NoiseSchedule
@@ -136,7 +137,7 @@ def test_what_is_read_can_be_written_and_is_what_the_reference_wrote(published, 
 
 
 def test_a_single_file_becomes_a_folder(published, tmp_path):
-    _, folder, file, vocabulary = published["sdxl"]
+    _, _, file, vocabulary = published["sdxl"]
     one = Pipeline.from_compvis(file, vocabulary, device="cpu")  # its queries, keys and values are thirds of one tensor
     one.to_diffusers(tmp_path / "theirs")
     one.save(tmp_path / "ours")
@@ -398,7 +399,7 @@ PLAIN = UNetConfig(widths=(32,), depths=(1,), heads=(4,), context_dim=32, groups
         ({"unet": replace(PLAIN, mid_depth=3)}, "unet.mid_depth = 3", "as deep as the last level"),
         ({"unet": replace(PLAIN, pooled_dim=128)}, "unet.pooled_dim = 128", "together with SDXL's sizes"),
         ({"unet": replace(PLAIN, pooled_dim=128 + 6 * 256)}, "unet.pooled_dim", "together with SDXL's sizes"),
-        ({"vae": VAEConfig.tiny()}, "vae.patch = 2", "patchify stem"),
+        ({"vae": VAEConfig(widths=(16,), groups=8, patch=2)}, "vae.patch = 2", "patchify stem"),
         ({"text": replace(TextConfig.tiny(258, 8), skip_layers=1)}, "text.skip_layers = 1", "listens where"),
         ({"text": replace(TextConfig.tiny(258, 8), norm_hidden=False)}, "text.norm_hidden = False", "listens where"),
     ],
@@ -648,6 +649,18 @@ def test_load_opens_every_kind(published, tmp_path, monkeypatch):
     Tokenizer.load(vocabulary).save(beside / "tokenizer")
     (beside / "model.safetensors").write_bytes(file.read_bytes())
     assert same_weights(minildm.load(beside / "model.safetensors"), ours)
+
+
+def test_the_command_line_draws_with_a_published_model(published, tmp_path, capsys):
+    _, folder, file, _ = published["sd15"]
+    asked = ["sample", "a red cube", "--steps", "2", "-o", str(tmp_path / "a.png")]
+    assert main([*asked, "--model", str(folder)]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 0
+    (tmp_path / "half.safetensors").write_bytes(file.read_bytes()[:1000])
+    assert main([*asked, "--model", str(tmp_path / "half.safetensors")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "half.safetensors is damaged" in said
+    assert "\n" not in said
 
 
 def test_without_a_vocabulary_beside_it_a_file_takes_open_clips(published, monkeypatch):

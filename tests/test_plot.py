@@ -1,10 +1,15 @@
 """Sheets of pictures: the right size, the right pixels in the right place, captions below."""
 
+import base64
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from minildm.plot import caption_grid, to_pil
+from minildm.plot import DescribedImage, caption_grid, figure, show, to_pil
 
 
 def test_a_picture_keeps_its_pixels():
@@ -30,3 +35,38 @@ def test_pictures_stand_in_rows_over_their_captions():
 def test_a_caption_for_each_picture(count, captions):
     with pytest.raises(ValueError, match="expected one for each"):
         caption_grid(torch.zeros(count, 3, 8, 8), captions)
+
+
+def pixels_of(image: DescribedImage) -> np.ndarray:
+    """The picture that a notebook would show."""
+    data = re.search(r'src="data:image/png;base64,([^"]+)"', image._repr_html_()).group(1)
+    return np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def test_a_grid_carries_its_words_and_its_pixels():
+    image = show(torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 8, 8), alt='red,\n green & "blue"', side=32)
+    assert repr(image) == 'red, green & "blue"'
+    assert 'alt="red, green &amp; &quot;blue&quot;"' in image._repr_html_()
+    assert pixels_of(image)[28, 28].tolist() == [255, 0, 0]
+    assert pixels_of(image)[28, 28 + 44].tolist() == [0, 255, 0]
+
+
+def test_a_plot_is_drawn_once_and_closed():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    fig, axes = plt.subplots(figsize=(2, 1))
+    axes.plot([0, 1], color="red")
+    image = figure(fig, alt="a rising line")
+    assert not plt.fignum_exists(fig.number)
+    assert (pixels_of(image) == [255, 0, 0]).all(axis=-1).any()
+
+
+@pytest.mark.parametrize("images", [torch.linspace(-1, 1, 192).view(1, 3, 8, 8), torch.linspace(0, 255, 192).view(1, 3, 8, 8)])
+def test_pictures_of_another_range_are_refused(images):
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        show(images, alt="a picture")
+
+
+def test_no_figure_without_words():
+    with pytest.raises(ValueError, match="alt is empty"):
+        show(torch.zeros(1, 3, 8, 8), alt=" ")

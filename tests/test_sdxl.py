@@ -1,6 +1,7 @@
 """SDXL: two text encoders, sizes, crops and scores, and the refiner that takes over, all as in the reference."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import reference
@@ -104,6 +105,8 @@ def test_a_refiner_that_takes_over_at_the_end_changes_nothing(base, refiner):
     assert torch.equal(base[1]("a cube", sampler="dpmpp_2m", latents=x, steps=3, refiner=refiner[1], refine_from=1.0), alone)
     with pytest.raises(ValueError, match=r"refine_from is 1\.5"):
         base[1]("a cube", refiner=refiner[1], refine_from=1.5)
+    with pytest.raises(ValueError, match="the refiner predicts v_prediction, this model epsilon"):
+        base[1]("a cube", refiner=replace(refiner[1], prediction_type="v_prediction"))
 
 
 # ------------------------------------------------------------------------------------------------------------- the pieces

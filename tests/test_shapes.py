@@ -1,7 +1,6 @@
 """Shapes: deterministic, truthful, anti-aliased, fast, and without the held-out pairs."""
 
 import time
-from collections import Counter
 
 import pytest
 import torch
@@ -85,9 +84,13 @@ def test_large_is_larger_than_small():
 
 
 @pytest.mark.parametrize("relation", ["above", "below", "left of", "right of"])
-def test_relations_hold(relation):
+def test_relations_hold_in_the_order_of_the_caption(relation):
     drawn = Shapes(size=64, objects=2).draw(range(300))
     place = FIELDS["place"].index(relation)
+    for caption, row in zip(drawn.captions, drawn.attributes.tolist(), strict=True):
+        first, second = (f"{FIELDS['color'][row[k]]} {FIELDS['shape'][row[k + 1]]}" for k in (2, 6))
+        if row[4] == place:
+            assert caption.index(first) < caption.index(f" {relation} ") < caption.rindex(second), caption
     for image, row in zip(drawn.images, drawn.attributes.tolist(), strict=True):
         if row[4] != place or row[2] == row[6]:
             continue
@@ -101,10 +104,8 @@ def test_relations_hold(relation):
 
 def test_edges_are_anti_aliased():
     drawn = Shapes(split="all").draw(range(50))
-    levels = [len(Counter(image.flatten(1).T.round(decimals=3).unbind())) for image in drawn.images[:1]]
     ground, paint = drawn.images[0, :, 0, 0], torch.tensor(list(COLORS.values())[drawn.attributes[0, 2]]) / 127.5 - 1
     share = (drawn.images[0] - ground[:, None, None]).abs().sum(0) / (paint - ground).abs().sum()
-    assert levels
     assert ((share > 0.1) & (share < 0.9)).sum() > 4  # pixels that are partly covered
 
 
@@ -123,7 +124,8 @@ def test_partial_captions_keep_something_back_and_say_what():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 4}, "at least 16"), ({"objects": 3}, "1 or 2"), ({"split": "test"}, "held_out"), ({"partial": 2.0}, "probability"),
+        ({"size": 4}, "at least 16"), ({"objects": 3}, "1 or 2"), ({"split": "test"}, "held_out"),
+        ({"partial": 2.0}, "probability"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(arguments, message):
@@ -139,4 +141,4 @@ def test_rendering_is_fast_enough_not_to_matter():
         start = time.process_time()
         ds.draw(range(1000))
         best = min(best, time.process_time() - start)
-    assert best < 1.0, f"1,000 pictures took {best:.2f} s of one core; 0.15 s is usual"
+    assert best < 0.2, f"1,000 pictures took {best:.2f} s of one core; 0.15 s is usual, and 5,000 a second are promised"

@@ -14,7 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
-from minildm.bpe import END, OUR_WORDS, SYMBOL_OF, cut, learn_merges, merge
+from minildm.bpe import END, OUR_WORDS, SYMBOL_OF, cut, glue, learn_merges
 from minildm.tokenizer import Tokenizer
 
 CLIP_FILE = Path(importlib.util.find_spec("open_clip").origin).with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -180,9 +180,9 @@ def test_words_are_runs_of_one_kind_with_one_space_before():
 
 
 def test_merge_goes_from_left_to_right_without_overlap():
-    assert merge(list("aaabaa"), ("a", "a")) == ["aa", "a", "b", "aa"]
-    assert merge(list("abcab"), ("a", "b")) == ["ab", "c", "ab"]
-    assert merge([], ("a", "b")) == []
+    assert glue(list("aaabaa"), ("a", "a")) == ["aa", "a", "b", "aa"]
+    assert glue(list("abcab"), ("a", "b")) == ["ab", "c", "ab"]
+    assert glue([], ("a", "b")) == []
 
 
 def test_merges_of_the_papers_example():

@@ -1,15 +1,32 @@
 """The training loop: resumes to the bit, stops at a bad loss, survives a damaged checkpoint, and learns."""
 
+import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from minildm.checkpoint import write_atomically
+from minildm.clip import CLIP, ImageConfig, TextConfig, TextEncoder
+from minildm.schedule import NoiseSchedule
 from minildm.shapes import Shapes
-from minildm.train import Fit, cache_latents, fit, learning_rate, step_generator, train_autoencoder, watch
+from minildm.tokenizer import Tokenizer
+from minildm.train import (
+    Fit,
+    Latents,
+    cache_latents,
+    fit,
+    learning_rate,
+    step_generator,
+    train_autoencoder,
+    train_clip,
+    train_diffusion,
+    watch,
+)
+from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 
 CFG = Fit(steps=12, lr=1e-2, warmup=3, ema=0.9, save_every=4)
@@ -90,10 +107,58 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_a_bad_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     model = small_model()
-    with pytest.raises(FloatingPointError, match=r"nan at step 7 of 12: try a lower lr than 0.01.*last good checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan .* at step 7 of 12, with a learning rate of 0.005: lower it"):
         list(fit(model, loss_of(model, bad_step=6), CFG, tmp_path))
     assert json.loads((tmp_path / "step-0000004.json").read_text())["step"] == 4
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_bad_gradient_under_a_good_loss_stops_too(tmp_path):
+    model = small_model()
+
+    def loss_at(step):
+        loss, parts = loss_of(model)(step)
+        return (loss + (0 * loss).sqrt(), parts) if step == 7 else (loss, parts)  # the slope of a root at 0 is infinite
+
+    with pytest.raises(FloatingPointError, match="its gradient nan at step 8"):
+        list(fit(model, loss_at, CFG, tmp_path))
+    assert sorted(p.name for p in tmp_path.glob("*.json")) == ["step-0000004.json"]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_other_settings_do_not_take_a_run_up(tmp_path):
+    model = small_model()
+    list(fit(model, loss_of(model), CFG, tmp_path))
+    with pytest.raises(ValueError, match="a run with another lr, seed"):
+        next(fit(model, loss_of(model), replace(CFG, lr=1.0, seed=9), tmp_path))
+
+
+def test_buffers_and_idle_parameters_are_taken_up_too(tmp_path):
+    def model() -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        model.register_parameter("idle", nn.Parameter(torch.ones(2)))
+        return model
+
+    whole, again = model(), model()
+    whole.register_parameter("idle", nn.Parameter(torch.ones(2)))
+    list(fit(whole, loss_of(whole), CFG, tmp_path))
+    assert list(fit(again, loss_of(again), CFG, tmp_path)) == []
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    assert again[1].num_batches_tracked == 12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_is_taken_up(tmp_path):
+    model, again = small_model().cuda(), small_model().cuda()
+
+    def on_gpu(model):
+        return lambda step: ((model(torch.randn(2, 3, 8, 8, generator=step_generator(0, step)).cuda())).square().mean(), {})
+
+    run = fit(model, on_gpu(model), CFG, tmp_path)
+    for _ in range(5):
+        next(run)
+    assert next(fit(again, on_gpu(again), CFG, tmp_path)).step == 5
 
 
 def test_writing_is_all_or_nothing(tmp_path):
@@ -119,11 +184,15 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 
 
 def test_the_average_is_what_remains():
-    plain, averaged = small_model(), small_model()
-    list(fit(plain, loss_of(plain), replace(CFG, ema=0)))
-    list(fit(averaged, loss_of(averaged), CFG))
-    assert not torch.equal(weights(plain)[0], weights(averaged)[0])
-    assert not averaged.training
+    model, by_hand = small_model(), None
+    run = fit(model, loss_of(model), CFG)
+    by_hand = weights(model)
+    for progress in run:
+        decay = min(CFG.ema, progress.step / (9 + progress.step))
+        by_hand = [decay * a + (1 - decay) * p for a, p in zip(by_hand, weights(model), strict=True)]
+    for averaged, remaining in zip(by_hand, weights(model), strict=True):
+        torch.testing.assert_close(averaged, remaining)
+    assert not model.training
 
 
 def test_step_generators_differ_by_seed_and_by_step():
@@ -143,3 +212,76 @@ def test_the_autoencoder_learns_and_watch_returns_what_a_stage_returns(capsys):
     picks = torch.arange(40)
     scaled = torch.cat([latents.sample(picks, step_generator(0, k)) for k in range(30)])
     assert scaled.std().item() == pytest.approx(1, abs=0.02)
+
+
+class StubText(nn.Module):
+    """Says of each row of ids what its first id is."""
+
+    def forward(self, ids):
+        return ids[:, :1, None].float().expand(-1, 2, 4), ids[:, :1].float().expand(-1, 4)
+
+
+class StubUNet(nn.Module):
+    """Keeps what it was asked, and answers with a number that can be trained."""
+
+    def __init__(self, pooled_dim):
+        super().__init__()
+        self.cfg = SimpleNamespace(pooled_dim=pooled_dim)
+        self.answer = nn.Parameter(torch.tensor(0.25))
+        self.asked = []
+
+    def forward(self, x, t, context, pooled=None):
+        self.asked.append((x, t, context, pooled))
+        return self.answer.expand(x.shape)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_the_diffusion_loss_is_the_error_against_the_target(prediction_type, dropout, gamma):
+    schedule, cfg = NoiseSchedule.scaled_linear(), Fit(steps=1, lr=1e-3, batch_size=6, seed=4)
+    latents = Latents(torch.randn(9, 4, 2, 2), torch.zeros(9, 4, 2, 2), [str(n) for n in range(9)], scaling_factor=0.5)
+    ids, empty = torch.arange(10, 19)[:, None].expand(9, 3), torch.zeros(1, 3, dtype=torch.int64)
+    unet = StubUNet(pooled_dim=4)
+    step = next(
+        train_diffusion(
+            unet, StubText(), schedule, latents, ids, empty, cfg,
+            prediction_type=prediction_type, dropout=dropout, min_snr_gamma=gamma,
+        )
+    )  # fmt: skip
+    x, t, context, pooled = unet.asked[0]
+    picks = torch.randint(9, (6,), generator=step_generator(4, 0))
+    x0 = 0.5 * latents.mean[picks]
+    noise = schedule.to_epsilon(x0, x, t, "sample")  # what must have been added
+    torch.testing.assert_close(schedule.add_noise(x0, noise, t), x)
+    assert abs(noise.std() - 1) < 0.3
+    error = (0.25 - schedule.target(x0, noise, t, prediction_type)).square().mean(dim=(1, 2, 3))
+    error = error * schedule.min_snr_weight(t, prediction_type, gamma) if gamma else error
+    assert step.loss == pytest.approx(error.mean().item(), rel=1e-4)
+    heard = torch.zeros(6) if dropout else 10.0 + picks
+    assert torch.equal(context[:, 0, 0], heard)
+    assert torch.equal(pooled[:, 0], heard)
+
+
+def test_each_stage_goes_on_to_the_same_bits_from_its_middle(tmp_path):
+    def stages(folder, take=None):
+        torch.manual_seed(3)
+        vae, shapes = AutoencoderKL(TINY_VAE), Shapes()
+        tokenizer = Tokenizer.train(shapes.batch(range(50))[1], 300, context_length=24)
+        ids = tokenizer(shapes.batch(range(50))[1])
+        clip = CLIP(TextConfig.tiny(tokenizer.vocab_size, 24), ImageConfig.tiny(32))
+        text = TextEncoder(clip.text.cfg)
+        unet = UNet(UNetConfig(widths=(8, 8), depths=(0, 1), heads=(2, 2), blocks=1, context_dim=128, pooled_dim=128, groups=4))
+        cfg = Fit(steps=6, lr=1e-3, batch_size=4, warmup=2, save_every=2)
+        list(itertools.islice(train_autoencoder(vae, shapes, cfg, folder / "a"), take))
+        list(itertools.islice(train_clip(clip, shapes, ids, cfg, folder / "b"), take))
+        latents = watch(cache_latents(AutoencoderKL(TINY_VAE), shapes, 50), "", quiet=True)
+        schedule = NoiseSchedule.scaled_linear().zero_terminal_snr()
+        run = train_diffusion(unet, text, schedule, latents, ids, ids[:1], cfg, folder / "c")
+        list(itertools.islice(run, take))
+        return [*vae.parameters(), *clip.parameters(), *unet.parameters()]
+
+    whole = stages(tmp_path / "whole")
+    stages(tmp_path / "halved", take=3)
+    again = stages(tmp_path / "halved")
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))

@@ -80,7 +80,6 @@ class Tokenizer:
             raise ValueError(f"context_length is {context_length}, expected 3 or more: start, one token, end")
         if not 0 <= self.pad_id < self.vocab_size:
             raise ValueError(f"pad_id is {pad_id}, expected an id in [0, {self.vocab_size})")
-
         self._rank = {pair: i for i, pair in enumerate(merges)}
         self._bytes = [_token_bytes(token, end_of_word) for token in self.tokens]
         special = (START, END, self.tokens[self.pad_id]) if end_of_word else ()

@@ -267,9 +267,9 @@ def test_each_stage_goes_on_to_the_same_bits_from_its_middle(tmp_path):
     def stages(folder, take=None):
         torch.manual_seed(3)
         vae, shapes = AutoencoderKL(TINY_VAE), Shapes()
-        tokenizer = Tokenizer.train(shapes.batch(range(50))[1], 300, context_length=24)
+        tokenizer = Tokenizer.train(shapes.batch(range(50))[1], 300, context_length=64)
         ids = tokenizer(shapes.batch(range(50))[1])
-        clip = CLIP(TextConfig.tiny(tokenizer.vocab_size, 24), ImageConfig.tiny(32))
+        clip = CLIP(TextConfig.tiny(tokenizer.vocab_size, 64), ImageConfig.tiny(32))
         text = TextEncoder(clip.text.cfg)
         unet = UNet(UNetConfig(widths=(8, 8), depths=(0, 1), heads=(2, 2), blocks=1, context_dim=128, pooled_dim=128, groups=4))
         cfg = Fit(steps=6, lr=1e-3, batch_size=4, warmup=2, save_every=2)

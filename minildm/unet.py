@@ -185,6 +185,10 @@ class UNet(nn.Module):
         h, skips = self.encode(x, time, context)
         h = self.mid(h, time, context)
         if residuals is not None:
+            if len(residuals) != len(skips) + 1:
+                raise ValueError(
+                    f"{len(residuals)} residuals; expected {len(skips)} for the skip connections and 1 for the middle"
+                )
             skips = [skip + extra for skip, extra in zip(skips, residuals[:-1], strict=True)]
             h = h + residuals[-1]
         for level in self.up:

@@ -7,6 +7,7 @@ Nothing is written of a chapter that fails.  Kernels get OMP_NUM_THREADS=2 unles
 """
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from nbformat import NotebookNode
 FOLDER = Path(__file__).parent.parent / "chapters"
 SECONDS_A_CELL = 180
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+COLOR = "\x1b\\[[0-9;]*m"  # as IPython writes it into a traceback
 KEPT = {"tags", "nbgrader", "slideshow"}  # of a cell's metadata
 
 
@@ -98,7 +100,7 @@ def main(names: list[str]) -> int:
             print(f"{path.stem} ...", end=" ", flush=True)
             print(f"{execute(path):.0f} s, {path.stat().st_size / 1000:.0f} kB", flush=True)
     except (CellExecutionError, CellTimeoutError, DeadKernelError, FileNotFoundError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {re.sub(COLOR, '', str(error))}", file=sys.stderr)
         return 1
     return 0
 

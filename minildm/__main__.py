@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from minildm import __version__
@@ -19,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed with a reason, 2 misused, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
+            args.run(args)
     except KeyboardInterrupt:
         print("\nstopped" + getattr(args, "if_stopped", ""), file=sys.stderr)
         return 130
@@ -100,7 +103,7 @@ def _demo(args: argparse.Namespace) -> None:
     judge, about_judge = load_judge()
     pipe, times = _train_pipeline(args, Shapes(size=32, seed=args.seed), out)
 
-    started = time.perf_counter()
+    start = time.perf_counter()
     fresh = Shapes(size=32, seed=args.seed + 1_000).draw(range(args.judged))
     unseen = Shapes(size=32, seed=args.seed + 1_000, split="held_out").draw(range(-(-args.judged // 2)))
     sampling = {"steps": 20, "sampler": "dpmpp_2m", "guidance_scale": pipe.guidance_scale, "seed": args.seed}
@@ -113,7 +116,7 @@ def _demo(args: argparse.Namespace) -> None:
     for name, (images, asked) in pictures.items():
         accuracy = caption_accuracy(judge.read(images * 2 - 1), asked.attributes)
         figures[name] = {**dataclasses.asdict(accuracy), "interval_95": accuracy.interval}
-    times["evaluation_s"] = time.perf_counter() - started
+    times["evaluation_s"] = time.perf_counter() - start
 
     images = torch.cat([pictures["samples"][0][:18], pictures["held_out_samples"][0][:6]])
     captions = fresh.captions[:18] + [f"[never seen] {c}" for c in unseen.captions[:6]]
@@ -272,8 +275,7 @@ def _doctor(args: argparse.Namespace) -> None:
         except importlib.metadata.PackageNotFoundError:
             missing.append(f"{package}: pip install 'minildm[{extra}]'")
     print("missing, and only needed for some things:" if missing else "nothing is missing")
-    for line in missing:
-        print(f"  {line}")
+    print("".join(f"  {line}\n" for line in missing), end="")
 
 
 def _machine() -> dict[str, str]:
@@ -281,8 +283,8 @@ def _machine() -> dict[str, str]:
     import torch
 
     peak = "unknown"
-    with contextlib.suppress(ImportError):  # there is no such module on Windows
-        import resource
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
 
         peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
     return {

@@ -50,7 +50,7 @@ def test_a_chapter_opens_as_all_do(name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_chapter_is_a_valid_notebook_as_make_chapters_leaves_it(name):
-    notebook = nbformat.from_dict(NOTEBOOKS[name])
+    notebook = nbformat.reads(json.dumps(NOTEBOOKS[name]), as_version=4)
     nbformat.validate(notebook)
     assert normalise(copy.deepcopy(notebook)) == notebook
 

@@ -1,12 +1,10 @@
 """The command line: `python -m minildm demo | train | sample | judge | doctor`."""
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -14,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from minildm import __version__
+from minildm.machine import machine, python
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,7 +120,7 @@ def _demo(args: argparse.Namespace) -> None:
     images = torch.cat([pictures["samples"][0][:18], pictures["held_out_samples"][0][:6]])
     captions = fresh.captions[:18] + [f"[never seen] {c}" for c in unseen.captions[:6]]
     write_atomically(out / "demo.png", caption_grid(images, captions, columns=6).save)
-    report = {"figures": figures, "times": times, "sampling": sampling, "seed": args.seed, **_machine()}
+    report = {"figures": figures, "times": times, "sampling": sampling, "seed": args.seed, **machine()}
     write_atomically(out / "demo.json", lambda path: path.write_text(json.dumps(report, indent=1)))
     shutil.rmtree(out / "checkpoints")  # all is written: the next run begins anew
 
@@ -130,7 +129,7 @@ def _demo(args: argparse.Namespace) -> None:
         print(f"  {name.replace('_', ' '):18} {figures[name]['all_correct']:6.1%}")
     print(f"trained in {times['training_s'] / 60:.1f} minutes; look at {out / 'demo.png'}, and draw your own:")
     where = "" if out == Path("out") else f" --model {out / 'model'}"
-    print(f'  {Path(sys.executable).name} -m minildm sample "a large red star on a white background"{where}')
+    print(f'  {python()} -m minildm sample "a large red star on a white background"{where}')
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -152,7 +151,7 @@ def _train(args: argparse.Namespace) -> None:
     write_atomically(out / "grid.png", caption_grid(torch.cat([real, restored, drawn]), labels, columns=12, side=96).save)
     shutil.rmtree(out / "checkpoints")
     print(f"real pictures, reconstructions and samples are in {out / 'grid.png'}; draw your own:")
-    print(f'  {Path(sys.executable).name} -m minildm sample "{captions[0]}" --model {out / "model"}')
+    print(f'  {python()} -m minildm sample "{captions[0]}" --model {out / "model"}')
 
 
 def _train_pipeline(args: argparse.Namespace, dataset, out: Path):
@@ -246,7 +245,7 @@ def _judge(args: argparse.Namespace) -> None:
     options = f"--size {args.size} --objects {args.objects} --steps {args.steps} --seed {args.seed}"
     about = {
         "recipe": f"python -m minildm judge {options}", "fit": str(fit), "accuracy": str(judge_accuracy(judge)),
-        "judged_on": "4000 fresh renders of every combination, all attributes right", **_machine(),
+        "judged_on": "4000 fresh renders of every combination, all attributes right", **machine(),
     }  # fmt: skip
     path = args.out / judge_file(args.size, args.objects)
     write_atomically(path, lambda beside: save_file(tensors, beside, metadata=about))
@@ -258,9 +257,9 @@ def _doctor(args: argparse.Namespace) -> None:
     import torch
 
     from minildm.data import find_emoji_font
-    from minildm.train import best_device
+    from minildm.machine import best_device
 
-    for key, value in _machine().items():
+    for key, value in machine().items():
         print(f"{key:14} {value}")
     print(f"{'device':14} {best_device()}")
     print(f"{'threads':14} {torch.get_num_threads()} of {os.cpu_count()} processors")
@@ -276,28 +275,6 @@ def _doctor(args: argparse.Namespace) -> None:
             missing.append(f"{package}: pip install 'minildm[{extra}]'")
     print("missing, and only needed for some things:" if missing else "nothing is missing")
     print("".join(f"  {line}\n" for line in missing), end="")
-
-
-def _machine() -> dict[str, str]:
-    """What a figure needs beside it to mean something."""
-    import torch
-
-    peak = "unknown"
-    with contextlib.suppress(ImportError):
-        import resource  # not on Windows
-
-        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
-    return {
-        "minildm": __version__, "torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
-        "processor": f"{_processor()}, {os.cpu_count()} cores", "peak_memory": peak,
-    }  # fmt: skip
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 def _check_writable(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from minildm.clip import TextConfig
-from minildm.convert import TEXTS, Parts, Shapes, assemble, join
+from minildm.convert import TEXTS, Configs, Parts, assemble, join
 from minildm.layouts import OPENCLIP_TEXT, TRANSFORMERS_TEXT, compvis_unet, compvis_vae
 from minildm.schedule import NoiseSchedule, check_prediction_type
 from minildm.tensors import Stored, open_weights, under, unify
@@ -85,7 +85,7 @@ def read_compvis(
         unheard = (f"transformer.resblocks.{texts[TEXTS[0]].layers}.", "text_projection")
         stored[TEXTS[0]] = {name: tensor for name, tensor in stored[TEXTS[0]].items() if not name.startswith(unheard)}
 
-    shapes = Shapes(unet, vae, texts)
+    shapes = Configs(unet, vae, texts)
     tables = {"unet": compvis_unet(unet.depths, unet.blocks), "vae": compvis_vae(len(vae.widths))}
     tables |= {name: table for name, table, _, _ in kinds.values()}
     networks = assemble(path, shapes, stored, tables, device, dtype)

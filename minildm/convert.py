@@ -28,11 +28,11 @@ from minildm.configs import (
     write_vae,
 )
 from minildm.layouts import DIFFUSERS_UNET, DIFFUSERS_VAE, TRANSFORMERS_TEXT, Table, names
+from minildm.machine import best_device
 from minildm.schedule import NoiseSchedule
 from minildm.sdxl import SIZE_FEATURES, SDXLText, SDXLTextConfig, TokenizerPair
 from minildm.tensors import Fitting, Stored, check, fill, open_weights, unify
 from minildm.tokenizer import Tokenizer
-from minildm.train import best_device
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 
@@ -57,7 +57,7 @@ class Parts(NamedTuple):
     zero_negative: bool
 
 
-class Shapes(NamedTuple):
+class Configs(NamedTuple):
     """The configurations of a model's networks."""
 
     unet: UNetConfig
@@ -88,7 +88,7 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
     fields = {part: _read_json(folder / part / "config.json") for part in ("unet", "vae", *texts)}
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     try:
-        shapes = Shapes(
+        shapes = Configs(
             read_unet(fields["unet"]),
             read_vae(fields["vae"]),
             {name: read_text(fields[name], early=kind != SD) for name in texts},
@@ -109,7 +109,7 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
 
 def assemble(
     origin: Path,
-    shapes: Shapes,
+    shapes: Configs,
     stored: dict[str, dict[str, Stored]],
     tables: dict[str, Table],
     device: str | torch.device | None,
@@ -155,7 +155,7 @@ def assemble(
     return unet, vae, text.eval()
 
 
-def join(tokenizers: list[Tokenizer], shapes: Shapes) -> Tokenizer | TokenizerPair:
+def join(tokenizers: list[Tokenizer], shapes: Configs) -> Tokenizer | TokenizerPair:
     """One tokenizer, or a pair, for one text encoder, or for two.
 
     Raises:

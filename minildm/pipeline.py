@@ -20,12 +20,12 @@ from minildm.clip import TextConfig, TextEncoder
 from minildm.compvis import read_compvis
 from minildm.convert import Parts, read_diffusers, write_diffusers
 from minildm.guidance import guided
+from minildm.machine import best_device
 from minildm.samplers import SAMPLERS
 from minildm.schedule import NoiseSchedule
 from minildm.sdxl import SIZE_FEATURES, Framing, SDXLText, SDXLTextConfig, TokenizerPair, describe, hand_over
 from minildm.tiling import decode_tiled
 from minildm.tokenizer import Tokenizer
-from minildm.train import best_device
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 

@@ -61,13 +61,6 @@ class Progress:
     parts: dict[str, float] = field(default_factory=dict)
 
 
-def best_device() -> torch.device:
-    """CUDA if there is one, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of all randomness of one training step: a CPU generator that depends on seed and step alone."""
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xD1342543DE82EF95 + 1) % 2**63)

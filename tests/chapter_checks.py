@@ -2,6 +2,9 @@
 
 A notebook here is the plain dictionary that its file holds.  `test_chapters.py` runs every check over every chapter, and over
 small notebooks with one defect each, to know that the check can fail.
+
+A chapter says what it builds in its metadata: {"minildm": {"builds": ["vae"], "begins": ["blocks"]}}.  What it builds is
+complete with it; of what it begins, a later chapter builds the rest; any other public definition of the package it imports.
 """
 
 import ast

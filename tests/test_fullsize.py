@@ -111,11 +111,12 @@ def test_text_to_image(ours, theirs):
 
 
 FORWARD = """
-import json, resource, sys, time
+import json, re, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 folder = {folder!r}
+start = time.process_time()
 if {ours}:
     from pathlib import Path
     from minildm.configs import read_unet
@@ -132,10 +133,15 @@ else:
 unet.eval()
 x, t, context = torch.randn(1, 4, 64, 64), torch.tensor([481]), torch.randn(1, 77, 768)
 with torch.inference_mode():
-    start = time.process_time()
-    unet(x, t, context)
-    seconds = time.process_time() - start
-print(json.dumps({{"seconds": seconds, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}}))
+    unet(x, t, context)  # reads the weights, which are mapped, not loaded
+    loaded, forward = time.process_time() - start, []
+    for _ in range({rounds}):
+        start = time.process_time()
+        unet(x, t, context)
+        forward.append(time.process_time() - start)
+# VmHWM, since ru_maxrss counts what the parent process had before
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
+print(json.dumps({{"loaded": loaded, "forward": min(forward), "gib": peak}}))
 """
 
 
@@ -143,12 +149,16 @@ def test_unet_costs_no_more_than_the_references(folder):
     """One forward pass at 64 x 64, batch 1, fp32, one thread: CPU time and peak memory, each in a process of its own."""
     costs = {}
     for name in ("reference", "ours", "ours", "reference"):  # there and back, so that neither has the warmer machine
-        code = FORWARD.format(tests=str(Path(__file__).parent), folder=str(folder / "unet"), ours=name == "ours")
+        code = FORWARD.format(tests=str(Path(__file__).parent), folder=str(folder / "unet"), ours=name == "ours", rounds=3)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         costs.setdefault(name, []).append(json.loads(run.stdout.splitlines()[-1]))
-    seconds = {name: min(run["seconds"] for run in runs) for name, runs in costs.items()}
-    memory = {name: min(run["gib"] for run in runs) for name, runs in costs.items()}
-    for name in costs:
-        print(f"U-Net, {name}: {seconds[name]:.1f} s of CPU time, peak memory {memory[name]:.2f} GiB")
-    assert seconds["ours"] <= 1.1 * seconds["reference"]  # the noise of a shared machine
-    assert memory["ours"] <= 1.05 * memory["reference"]
+    best = {name: {key: min(run[key] for run in runs) for key in runs[0]} for name, runs in costs.items()}
+    for name, cost in best.items():
+        print(
+            f"U-Net, {name}: {cost['forward']:.2f} s of CPU time a forward pass, {cost['loaded']:.1f} s with loading, "
+            f"peak memory {cost['gib']:.2f} GiB"
+        )
+    ours, reference = best["ours"], best["reference"]
+    assert ours["forward"] <= 1.05 * reference["forward"]  # the two runs of one library differ by as much
+    assert ours["loaded"] <= 1.05 * reference["loaded"]
+    assert ours["gib"] <= 1.02 * reference["gib"]

@@ -8,8 +8,11 @@ from minildm.tokenizer import Tokenizer
 
 def test_a_recipe_knows_its_size():
     assert Recipe.small(size=32) != Recipe.small(size=64)
-    with pytest.raises(ValueError, match="multiple of 8"):
-        Recipe.small(size=36)
+    for size, latents in ((32, 8), (64, 8), (48, 12), (96, 12)):
+        assert size // Recipe.small(size=size).vae.downsampling == latents
+    for size in (0, -8, 36, 72):
+        with pytest.raises(ValueError, match="multiple of 8"):
+            Recipe.small(size=size)
 
 
 def test_long_captions_are_cut_with_one_warning():

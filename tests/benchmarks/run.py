@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from minildm.__main__ import _machine
 from minildm.checkpoint import write_atomically
+from minildm.machine import machine
 from minildm.unet import UNet, UNetConfig
 
 ROUNDS = 9
@@ -58,7 +58,7 @@ def unet_step() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    report = {"machine": _machine(), "threads": torch.get_num_threads(), "seconds": {}, "ours / reference": {}}
+    report = {"machine": machine(), "threads": torch.get_num_threads(), "seconds": {}, "ours / reference": {}}
     for measure in (imports, unet_step):
         seconds = measure()
         report["seconds"][measure.__name__] = seconds

@@ -7,12 +7,14 @@ T timesteps, N pictures in all.
 __version__ = "0.1.0"
 
 
-def load(name_or_dir: str):
+def load(name_or_dir: str, vocabulary: str | None = None, prediction_type: str | None = None):
     """Opens a text-to-image model.
 
     Args:
         name_or_dir: a folder that minildm wrote, a folder in the diffusers layout, a single `.safetensors` or `.ckpt` in the
             CompVis layout, or the name of a model on the hub, "owner/model", which is fetched.
+        vocabulary: CLIP's, for a single file, which does not hold it; looked for beside the file if None.
+        prediction_type: for a single file, which does not say it; guessed, with a warning where that is uncertain, if None.
 
     Returns:
         A `minildm.pipeline.Pipeline`.
@@ -24,4 +26,5 @@ def load(name_or_dir: str):
     from minildm.convert import fetch, is_hub_name  # here, so that `import minildm` costs nothing
     from minildm.pipeline import Pipeline
 
-    return Pipeline.load(fetch(str(name_or_dir)) if is_hub_name(str(name_or_dir)) else name_or_dir)
+    where = fetch(str(name_or_dir)) if is_hub_name(str(name_or_dir)) else name_or_dir
+    return Pipeline.load(where, vocabulary=vocabulary, prediction_type=prediction_type)

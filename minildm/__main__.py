@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="draw pictures from a caption")
     sample.add_argument("prompt")
     sample.add_argument("--model", default="out/model", help="a trained model: a folder, a file or a name (default: out/model)")
+    sample.add_argument("--vocabulary", help="CLIP's, for a model in a single file (default: looked for beside it)")
+    sample.add_argument("--prediction-type", help="epsilon or v_prediction, for a model in a single file (default: guessed)")
     sample.add_argument("--negative", default="", help="what to keep out of the picture")
     sample.add_argument("--steps", type=int, default=20)
     sample.add_argument("--guidance", type=float, help="how strictly to obey; 1 is none (default: what the model likes best)")
@@ -209,7 +211,7 @@ def _sample(args: argparse.Namespace) -> None:
     from minildm.plot import caption_grid, to_pil
 
     _check_writable(args.out)
-    pipe = minildm.load(args.model)
+    pipe = minildm.load(args.model, vocabulary=args.vocabulary, prediction_type=args.prediction_type)
     images = pipe(
         args.prompt,
         args.negative,

@@ -5,6 +5,7 @@ Diffusion 1 and 2, SDXL and its refiner.
 """
 
 import re
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,7 @@ def read_compvis(
     content = open_weights(path)
     notes = {name: content[name].read().item() for name in ("global_step",) if name in content}
     flags = content.keys() & {"v_pred", "ztsnr"}
+    content |= {name: content[average] for name in content if (average := _average_of(name)) in content}
     content = {name: tensor for name, tensor in content.items() if not re.search(BESIDE, name)}
     kinds = {prefix: kind for prefix, kind in PREFIXES.items() if any(name.startswith(prefix) for name in content)}
     prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model."} | {kind[0]: p for p, kind in kinds.items()}
@@ -88,23 +90,35 @@ def read_compvis(
     shapes = Configs(unet, vae, texts)
     tables = {"unet": compvis_unet(unet.depths, unet.blocks), "vae": compvis_vae(len(vae.widths))}
     tables |= {name: table for name, table, _, _ in kinds.values()}
-    networks = assemble(path, shapes, stored, tables, device, dtype)
-
     vocabulary = vocabulary or find_vocabulary(path)
-    paddings = {name: padding for name, _, _, padding in kinds.values()}
+    paddings = {name: texts[name].end_id if padding is None else padding for name, _, _, padding in kinds.values()}
     tokenizers = [
         Tokenizer.clip(vocabulary, context_length=cfg.context_length, pad_id=paddings[name]) for name, cfg in texts.items()
     ]
     velocity = "v_pred" in flags or (two and notes.get("global_step") != 875_000)
-    prediction_type = prediction_type or ("v_prediction" if velocity else "epsilon")
+    if prediction_type is None:
+        prediction_type = "v_prediction" if velocity else "epsilon"
+        if two and not flags:
+            warnings.warn(
+                f"{path} is a Stable Diffusion 2 in a single file, which does not say what it predicts; taken to be "
+                f'{prediction_type}: if the pictures are noise, give the other, "epsilon" or "v_prediction"',
+                stacklevel=2,
+            )
     check_prediction_type(prediction_type)
+    tokenizer = join(tokenizers, shapes)
+    networks = assemble(path, shapes, stored, tables, device, dtype)
     schedule = NoiseSchedule.scaled_linear()
     schedule = schedule.zero_terminal_snr() if "ztsnr" in flags else schedule
     spacing = "trailing" if "ztsnr" in flags else "leading"
     image_size = 1024 if xl else 768 if two and prediction_type == "v_prediction" else 512
     return Parts(
-        *networks, join(tokenizers, shapes), schedule, prediction_type, spacing, image_size, zero_negative=len(texts) == 2
+        *networks, tokenizer, schedule, prediction_type, spacing, image_size, zero_negative=len(texts) == 2
     )  # fmt: skip
+
+
+def _average_of(name: str) -> str:
+    """Where a file keeps the running average of a U-Net's weight, which is what the model was published for."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "") if name.startswith("model.diffusion_model.") else ""
 
 
 def infer_unet(stored: dict[str, Stored]) -> UNetConfig:

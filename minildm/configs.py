@@ -234,7 +234,10 @@ def read_text(fields: dict, early: bool) -> TextConfig:
 
 def write_text(cfg: TextConfig, early: bool, start_id: int, pad_id: int) -> dict:
     """The config.json of a CLIPTextModel, or of one with projection.  Raises as `write_unet`."""
-    for field, wanted in {"skip_layers": int(early), "norm_hidden": not early}.items():
+    for field, wanted in ([] if early else [("projection_dim", None)]) + [
+        ("skip_layers", int(early)),
+        ("norm_hidden", not early),
+    ]:
         if getattr(cfg, field) != wanted:
             raise lacks(f"text.{field}", getattr(cfg, field), f"its pipeline listens where {field} is {wanted}")
     return {

@@ -84,7 +84,7 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
     kind = index.get("_class_name")
     if kind not in (SD, SDXL, REFINER):
         raise ValueError(f"{folder} holds a {kind}; minildm reads {SD}, {SDXL} and {REFINER}")
-    texts = [name for name in TEXTS if index.get(name, [None])[0]]
+    texts = [name for name in TEXTS if any(index.get(name) or [])]
     fields = {part: _read_json(folder / part / "config.json") for part in ("unet", "vae", *texts)}
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     try:
@@ -96,7 +96,7 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
         schedule, prediction_type, spacing = read_schedule(scheduler, sdxl=kind != SD)
         sample_size = Settings("unet", fields["unet"]).get("sample_size") or 64
         image_size = int(sample_size) * shapes.vae.downsampling
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a settings file in {folder} is damaged ({error!r}); fetch it again") from error
     stored = {part: unify(part, _open_folder(folder / part)) for part in fields}
     unet, vae, text = assemble(folder, shapes, stored, TABLES, device, dtype)
@@ -134,6 +134,12 @@ def assemble(
             f"unet: in_channels is {shapes.unet.in_channels}, but the latents have {shapes.vae.latent_channels}: {origin} "
             "wants a mask or a picture beside the caption; use a text-to-image model"
         )
+    heard = sum(cfg.width for cfg in shapes.texts.values())
+    if shapes.unet.out_channels != shapes.unet.in_channels or shapes.unet.context_dim != heard:
+        raise ValueError(
+            f"unet: {shapes.unet.in_channels} channels in and {shapes.unet.out_channels} out, and a context of "
+            f"{shapes.unet.context_dim} features beside text encoders of {heard}: minildm cannot draw with {origin}"
+        )
     with torch.device("meta"):
         unet, vae = UNet(shapes.unet), AutoencoderKL(shapes.vae)
         if len(shapes.texts) == 2:
@@ -147,6 +153,7 @@ def assemble(
     device = torch.device(device or best_device())
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else next(iter(stored["unet"].values())).read().dtype
+        dtype = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float16
     for part, network in networks.items():
         # SDXL's autoencoder overflows in float16; the reference widens it, too
         overflows = part == "vae" and shapes.unet.pooled_dim and dtype == torch.float16
@@ -181,7 +188,7 @@ def _open_folder(folder: Path) -> dict[str, Stored]:
     for ending in (".safetensors.index.json", ".safetensors", ".fp16.safetensors", ".bin"):
         for path in (folder / f"{stem}{ending}" for stem in stems):
             if path.is_file() and path.suffix == ".json":
-                shards = sorted({Path(name).name for name in _read_json(path)["weight_map"].values()})
+                shards = sorted({Path(name).name for name in _read_json(path).get("weight_map", {}).values()})
                 return {name: tensor for shard in shards for name, tensor in open_weights(folder / shard).items()}
             if path.is_file():
                 return open_weights(path)
@@ -192,9 +199,12 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: a model in the diffusers layout has one; fetch the whole folder")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(fields).__name__}, not settings); fetch it again")
+    return fields
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
@@ -218,6 +228,8 @@ def write_diffusers(folder: Path, parts: Parts) -> None:
     }
     for name, t in tokenizers.items():
         fields[name] = write_text(networks[name].cfg, kind != SD, t.start_id, t.pad_id)
+        if name == TEXTS[1] and networks[name].cfg.projection_dim is None:
+            raise lacks("text.projection_dim", None, "its SDXL takes the pooled vector from a projection")
 
     index = {"_class_name": kind, "feature_extractor": [None, None], "image_encoder": [None, None]}
     index |= {"scheduler": ["diffusers", "DDIMScheduler"]}
@@ -228,6 +240,8 @@ def write_diffusers(folder: Path, parts: Parts) -> None:
     if kind == REFINER:
         index |= {"requires_aesthetics_score": True}
 
+    for stale in (folder / "model_index.json", *(path for name in networks for path in (folder / name).glob("*.index.json"))):
+        stale.unlink(missing_ok=True)  # until all is written anew there is no model here; shards would win over our files
     for name, network in networks.items():
         table = names(network.state_dict(), TABLES[name])
         tensors = {table[ours]: tensor.contiguous() for ours, tensor in network.state_dict().items()}

@@ -24,12 +24,13 @@ from minildm.machine import best_device
 from minildm.samplers import SAMPLERS
 from minildm.schedule import NoiseSchedule
 from minildm.sdxl import SIZE_FEATURES, Framing, SDXLText, SDXLTextConfig, TokenizerPair, describe, hand_over
-from minildm.tiling import decode_tiled
+from minildm.tiling import decode_sparingly
 from minildm.tokenizer import Tokenizer
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 
 FORMAT = "minildm-1"
+Device = str | torch.device | None
 
 
 @dataclass
@@ -107,6 +108,8 @@ class Pipeline:
         if not 0 <= refine_from <= 1:
             raise ValueError(f"refine_from is {refine_from}; expected a share of the schedule, in [0, 1]")
         generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, len(prompts))]
+        if latents is not None and (height is not None or width is not None):
+            raise ValueError("latents have a size of their own: give them, or height and width")
         if latents is None:
             shape = self._latent_shape(*(self.image_size if side is None else side for side in (height, width)))
             latents = torch.cat([torch.randn(1, *shape, generator=g) for g in generators])
@@ -175,17 +178,9 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents (N, C, h, w) to pictures (N, 3, H, W) in [0, 1], on the CPU.
-
-        To spare memory large ones are decoded one at a time, and those of more than 160 x 160 latents in tiles.
-        """
+        """Scaled latents (N, C, h, w) to pictures (N, 3, H, W) in [0, 1], on the CPU; errors as `decode_sparingly`."""
         z = z.to(self.vae.quant_conv.weight) / self.vae.cfg.scaling_factor
-        area = z.shape[2] * z.shape[3]
-        if area > 160 * 160:
-            pictures = [decode_tiled(self.vae.decode, one) for one in z.split(1)]
-        else:
-            pictures = [self.vae.decode(some) for some in z.split(1 if area > 32 * 32 else 64)]
-        return (torch.cat(pictures).float().cpu() / 2 + 0.5).clamp(0, 1)
+        return (decode_sparingly(self.vae.decode, z).float().cpu() / 2 + 0.5).clamp(0, 1)
 
     @property
     def device(self) -> torch.device:
@@ -198,9 +193,11 @@ class Pipeline:
         return self.unet.conv_in.weight.dtype
 
     def to(self, *args, **kwargs) -> "Pipeline":
-        """Moves the networks to a device or a dtype, as `nn.Module.to`."""
+        """Moves the networks as `nn.Module.to`; SDXL's autoencoder, which overflows in float16, stays in float32."""
         for part in self._networks().values():
             part.to(*args, **kwargs)
+        if self.unet.cfg.pooled_dim and self.vae.quant_conv.weight.dtype == torch.float16:
+            self.vae.float()
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -210,6 +207,7 @@ class Pipeline:
             OSError: the folder cannot be written.
         """
         folder = Path(folder)
+        (folder / "model.json").unlink(missing_ok=True)  # until all is written anew there is no model here
         tensors = {f"{n}.{k}": v.contiguous() for n, part in self._networks().items() for k, v in part.state_dict().items()}
         tensors["alpha_bar"] = self.schedule.alpha_bar
         settings = {
@@ -223,12 +221,19 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        vocabulary: str | Path | None = None,
+        prediction_type: str | None = None,
     ) -> "Pipeline":
         """Reads what `save` wrote; or a folder or a file as `from_diffusers` and `from_compvis` do.
 
         Args:
             folder: that folder.
+            vocabulary, prediction_type: for a single file, as in `read_compvis`; folders say both themselves.
             device: where to put the networks; the best there is if None.
             dtype: their precision; as stored if None.
 
@@ -238,7 +243,7 @@ class Pipeline:
         """
         folder = Path(folder)
         if folder.is_file():
-            return cls.from_compvis(folder, device=device, dtype=dtype)
+            return cls.from_compvis(folder, vocabulary, prediction_type, device=device, dtype=dtype)
         if (folder / "model_index.json").exists():
             return cls.from_diffusers(folder, device=device, dtype=dtype)
         if not (folder / "model.json").exists():
@@ -256,19 +261,17 @@ class Pipeline:
                 for name, part in {"unet": unet, "vae": vae, "text": text}.items():
                     keys = [k for k in f.keys() if k.startswith(f"{name}.")]  # noqa: SIM118
                     part.load_state_dict({k.removeprefix(f"{name}."): f.get_tensor(k) for k in keys}, assign=True)
+            tokenizer = (TokenizerPair if isinstance(text, SDXLText) else Tokenizer).load(folder)
+            pipe = cls(
+                unet, vae, text, tokenizer, NoiseSchedule(alpha_bar), settings["prediction_type"], settings["spacing"],
+                settings["image_size"], settings.get("zero_negative", False), settings.get("guidance_scale", 7.5),
+            )  # fmt: skip
         except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{folder} does not hold a whole minildm model ({error}); train or copy it again") from error
-        tokenizer = (TokenizerPair if isinstance(text, SDXLText) else Tokenizer).load(folder)
-        pipe = cls(
-            unet, vae, text, tokenizer, NoiseSchedule(alpha_bar), settings["prediction_type"], settings["spacing"],
-            settings["image_size"], settings.get("zero_negative", False), settings.get("guidance_scale", 7.5),
-        )  # fmt: skip
         return pipe.to(device or best_device(), dtype)
 
     @classmethod
-    def from_diffusers(
-        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> "Pipeline":
+    def from_diffusers(cls, folder: str | Path, *, device: Device = None, dtype: torch.dtype | None = None) -> "Pipeline":
         """Reads a published model in the diffusers layout; arguments and errors as `read_diffusers`."""
         return cls(*read_diffusers(Path(folder), device, dtype))
 
@@ -279,7 +282,7 @@ class Pipeline:
         vocabulary: str | Path | None = None,
         prediction_type: str | None = None,
         *,
-        device: str | torch.device | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> "Pipeline":
         """Reads a published model in the CompVis layout, a single file; arguments and errors as `read_compvis`."""

@@ -27,6 +27,23 @@ class Stored:
     read: Callable[[], Tensor]
 
 
+class Inert:
+    """Stands in a pickle for what the training programs of the first checkpoints left beside the weights; it does nothing."""
+
+    def __init__(self, *args) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What those files name, and no more: each becomes an Inert, nothing of theirs is imported or called.
+LEFT_BESIDE = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar", "numpy.dtype",
+)  # fmt: skip
+
+
 def open_weights(path: Path) -> dict[str, Stored]:
     """Opens a file of tensors without reading them: safetensors, or a pickle that holds nothing but data.
 
@@ -49,19 +66,25 @@ def open_weights(path: Path) -> dict[str, Stored]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([(Inert, name) for name in LEFT_BESIDE]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(
             f"{path} is damaged, or a pickle with more than tensors in it, which could run code and was not opened ({reason}); "
             "look for the same model as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # what reads a broken pickle may raise anything
         raise ValueError(f"{path} is damaged or no checkpoint ({error}); fetch it again") from error
     content = content if isinstance(content, dict) else {}
     content |= nested if isinstance(nested := content.get("state_dict"), dict) else {}
-    content = {k: torch.tensor(v) if isinstance(v, int) else v for k, v in content.items()}  # global_step is a number
-    return {k: Stored(tuple(v.shape), partial(torch.Tensor.detach, v)) for k, v in content.items() if isinstance(v, Tensor)}
+    if isinstance(step := content.get("global_step"), int):
+        content["global_step"] = torch.tensor(float(step))
+    return {
+        name: Stored(tuple(t.shape), partial(torch.Tensor.detach, t))
+        for name, t in content.items()
+        if isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
+    }
 
 
 def under(prefix: str, stored: dict[str, Stored]) -> dict[str, Stored]:

@@ -114,11 +114,13 @@ FORWARD = """
 import json, re, sys, time
 sys.path.insert(0, {tests!r})
 import torch
+from pathlib import Path
+from reference import diffusers  # in both, so that its modules weigh the same
+from minildm.pipeline import Pipeline
 torch.set_num_threads(1)
 folder = {folder!r}
 start = time.process_time()
 if {ours}:
-    from pathlib import Path
     from minildm.configs import read_unet
     from minildm.layouts import DIFFUSERS_UNET
     from minildm.tensors import Fitting, fill, open_weights
@@ -128,7 +130,6 @@ if {ours}:
     stored = open_weights(Path(folder, "diffusion_pytorch_model.safetensors"))
     fill(Fitting(unet, stored, DIFFUSERS_UNET), torch.device("cpu"), torch.float32)
 else:
-    from reference import diffusers
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
 unet.eval()
 x, t, context = torch.randn(1, 4, 64, 64), torch.tensor([481]), torch.randn(1, 77, 768)

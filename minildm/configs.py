@@ -1,7 +1,6 @@
 """The settings files of published models, read into our configurations and written from them.
 
-Each pair of functions knows one file of a diffusers folder.  What such a file can ask for and our networks cannot do is
-refused by name, and so is, on the way out, what ours can do and the reference cannot: a model is never read as another.
+Each pair of functions knows one file of a diffusers folder.  What only one of both libraries can do is refused by name.
 """
 
 import warnings
@@ -234,10 +233,8 @@ def read_text(fields: dict, early: bool) -> TextConfig:
 
 def write_text(cfg: TextConfig, early: bool, start_id: int, pad_id: int) -> dict:
     """The config.json of a CLIPTextModel, or of one with projection.  Raises as `write_unet`."""
-    for field, wanted in ([] if early else [("projection_dim", None)]) + [
-        ("skip_layers", int(early)),
-        ("norm_hidden", not early),
-    ]:
+    listens = {"skip_layers": int(early), "norm_hidden": not early} | ({} if early else {"projection_dim": None})
+    for field, wanted in listens.items():
         if getattr(cfg, field) != wanted:
             raise lacks(f"text.{field}", getattr(cfg, field), f"its pipeline listens where {field} is {wanted}")
     return {

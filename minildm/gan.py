@@ -101,4 +101,4 @@ def adaptive_weight(recon_loss: Tensor, gan_loss: Tensor, last_layer: Tensor, ma
         if gradient is None:
             raise ValueError(f"{name} does not depend on last_layer {tuple(last_layer.shape)}: take the decoder's last weight")
         lengths.append(gradient.norm())
-    return (lengths[0] / (lengths[1] + 1e-4)).clamp(0.0, max).detach()
+    return (lengths[0] / (lengths[1] + 1e-4)).clamp(0.0, max)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 VGG_FILE = "https://download.pytorch.org/models/vgg16-397923af.pth"  # 528 MB, of which 59 are used
@@ -31,6 +32,8 @@ class VGGFeatures(nn.Module):
             for _ in range(count):
                 layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.ReLU()]
                 channels = width
+                nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # what goes in comes out as strong
+                nn.init.zeros_(layers[-2].bias)
         self.features = nn.Sequential(*layers)
         self.smallest = 2 ** (len(widths) - 1)  # side of the smallest picture, in pixels
         # from [-1, 1] to mean 0 and deviation 1 over ImageNet, which VGG16 was trained on
@@ -113,10 +116,17 @@ class LPIPS(nn.Module):
 def unit(features: Tensor) -> Tensor:
     """Cuts the vector at each position to length one; (B, C, H, W).
 
-    Where the vector is zero, as on an empty background, so is the result, and so is the gradient: `vector_norm` says so, where
-    a square root of a sum of squares would give nan.
+    A vector of zeros stays one.  `vector_norm` has a gradient of zero there, where the root of a sum of squares has nan.
     """
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+
+
+def load_features() -> tuple[VGGFeatures, dict[str, str]]:
+    """The shipped small features, trained on emoji to tell one from another, and what their file says of them."""
+    features = VGGFeatures.toy()
+    with safe_open(Path(__file__).parent / "weights" / "features-emoji32.safetensors", framework="pt") as f:
+        features.load_state_dict({name: f.get_tensor(name).float() for name in f.keys()})  # noqa: SIM118
+        return features.eval(), f.metadata()
 
 
 def load_lpips(vgg_file: Path | str, heads_file: Path | str) -> LPIPS:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from minildm.clip import CLIP, ImageConfig, TextConfig, TextEncoder
 from minildm.machine import best_device
 from minildm.metrics import Judge, caption_accuracy
+from minildm.perceptual import VGGFeatures
 from minildm.schedule import NoiseSchedule
 from minildm.shapes import Shapes
 from minildm.tokenizer import Tokenizer
@@ -165,3 +167,36 @@ def judge_accuracy(judge: Judge, count: int = 4000) -> float:
     """The share of fresh, clean renders of which a judge reads every attribute right."""
     drawn = Shapes(size=judge.size, objects=judge.objects, seed=2_000_000, split="all").draw(range(count))
     return caption_accuracy(judge.read(drawn.images), drawn.attributes).all_correct
+
+
+def train_features(features: VGGFeatures, dataset: Dataset, cfg: Fit, folder: Path | None = None) -> Iterator[Progress]:
+    """Teaches features by one question: which picture of the set is this, turned, moved, tinted and grained?
+
+    No labels are needed (Dosovitskiy et al. 2014).  Blur is not among the changes: what learns to see through it cannot
+    measure it.
+    """
+    device = next(features.parameters()).device
+    channels = [layer.out_channels for layer in features.features if isinstance(layer, nn.Conv2d)][-1]
+    which = nn.Linear(16 * channels, len(dataset)).to(device)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = step_generator(cfg.seed, step)
+        picks = torch.randint(len(dataset), (cfg.batch_size,), generator=generator)
+        x = _changed(dataset.batch(picks.tolist())[0], generator).to(device)
+        seen = F.adaptive_avg_pool2d(features(x)[-1], 4).flatten(1)  # (B, 16 C)
+        return F.cross_entropy(which(seen), picks.to(device)), {}
+
+    yield from fit(nn.ModuleList([features, which]), loss_at, cfg, folder)
+
+
+def _changed(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture (B, 3, H, W) turned by up to 14 degrees, mirrored or not, moved, resized, tinted and grained."""
+    turn, zoom, right, down, mirror, grain = torch.rand(6, len(x), generator=generator) - 0.5
+    turn, zoom = 0.5 * turn, 1 + 0.3 * zoom
+    side = zoom * mirror.sign()
+    rows = [side * turn.cos(), -zoom * turn.sin(), 0.3 * right, side * turn.sin(), zoom * turn.cos(), 0.3 * down]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    moved = 1 - F.grid_sample(1 - x, grid, align_corners=False)  # white where there was nothing
+    gain, shift = torch.rand(2, len(x), 3, 1, 1, generator=generator) - 0.5
+    noise = torch.randn(x.shape, generator=generator)
+    return moved * (1 + 0.3 * gain) + 0.3 * shift + 0.1 * (grain + 0.5).view(-1, 1, 1, 1) * noise

@@ -110,6 +110,7 @@ def test_adaptive_weight_by_hand():
     recon, gan = (w * torch.tensor([3.0, 4.0])).sum(), (w * torch.tensor([0.0, 0.5])).sum()  # gradients of length 5 and 0.5
     weight = adaptive_weight(recon, gan, w)
     torch.testing.assert_close(weight, torch.tensor(5 / (0.5 + 1e-4)))
+    assert weight.item() == pytest.approx(9.998, abs=5e-4)  # with 1e-6 it would be 9.99998
     assert not weight.requires_grad
     assert w.grad is None  # it leaves nothing behind
     (recon + weight * gan).backward()  # and the graph whole

@@ -13,7 +13,11 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.functional import gaussian_blur
 
-from minildm.perceptual import LPIPS, VGGFeatures, load_lpips, unit
+from minildm.data import Emoji
+from minildm.folder import Pictures
+from minildm.perceptual import LPIPS, VGGFeatures, load_features, load_lpips, unit
+from minildm.recipes import train_features
+from minildm.train import Fit
 from minildm.vae import AutoencoderKL, VAEConfig, vae_loss
 
 HEADS = Path(importlib.util.find_spec("lpips").origin).parent / "weights/v0.1/vgg.pth"
@@ -84,6 +88,8 @@ def test_a_toy_answers_at_three_resolutions():
     maps = VGGFeatures.toy()(pictures(2, 3, 32, 24))
     assert [tuple(m.shape) for m in maps] == [(2, 16, 32, 24), (2, 32, 16, 12), (2, 64, 8, 6)]
     assert min(m.min() for m in maps) == 0  # after the ReLU, before the pooling
+    strength = [m.square().mean().sqrt().item() for m in VGGFeatures.toy()(torch.rand(4, 3, 64, 64) * 2 - 1)]
+    assert 0.5 < min(strength) <= max(strength) < 5  # untrained, and not yet faint
 
 
 def test_by_hand_over_any_features():
@@ -110,15 +116,44 @@ def test_more_blur_is_further_away():
     assert (measured.diff(dim=0) > 0).all()
 
 
+def test_the_shipped_features_mind_blur_more_than_a_squared_error_does():
+    try:
+        x = Emoji(size=32).batch(range(0, 1000, 20))[0]
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    features, about = load_features()
+    distance, generator = LPIPS(features), torch.Generator().manual_seed(0)
+    blurred = gaussian_blur(x, [5, 5], [1.0, 1.0])
+    error = (x - blurred).square().mean(dim=(1, 2, 3), keepdim=True)
+    grained = x + error.sqrt() * torch.randn(x.shape, generator=generator)  # the same squared error
+    moved = x.roll(1, dims=3)  # more than twice of it
+    assert (x - moved).square().mean() > 2 * error.mean()
+    assert distance(x, blurred).mean() > 1.5 * distance(x, grained).mean()
+    assert distance(x, blurred).mean() > 1.2 * distance(x, moved).mean()
+    assert "train_features" in about["recipe"]
+
+
+def test_features_learn_to_tell_pictures_apart():
+    few = Pictures(name="few", pixels=torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8), captions=[""] * 6)
+    few.pixels = few.pixels.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        features = VGGFeatures.toy()
+        losses = [p.loss for p in train_features(features, few, Fit(steps=20, lr=2e-3, batch_size=16, warmup=3))]
+        ends.append(features.features[0].weight.detach().clone())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert torch.equal(*ends)  # same seed, same features
+
+
 def test_features_that_are_zero_give_a_gradient_of_zero_and_not_nan():
-    y = torch.full((1, 3, 4, 4), -0.5, requires_grad=True)
-    distance = LPIPS(lambda p: [p.relu()])
-    distance(torch.zeros(1, 3, 4, 4), y).sum().backward()
+    x, y = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4, requires_grad=True)
+    LPIPS(lambda p: [p])(x, y).sum().backward()
     assert (y.grad == 0).all()
-    zero = torch.zeros(1, 3, 1, 1, requires_grad=True)
-    (zero.square().sum(dim=1).sqrt()).sum().backward()
-    assert zero.grad.isnan().all()  # what the obvious way gives
-    assert (unit(torch.zeros(1, 3, 2, 2)) == 0).all()
+    y.grad = None
+    y.square().sum(dim=1).sqrt().sum().backward()
+    assert y.grad.isnan().all()  # what the obvious way gives
+    assert (unit(x) == 0).all()
 
 
 def test_it_is_a_ruler_and_not_trained():

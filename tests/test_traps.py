@@ -5,6 +5,7 @@ import pickle
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,3 +161,22 @@ def test_a_size_beside_latents_is_refused(sd15):
     pipe = Pipeline.from_diffusers(sd15 / "folder", device="cpu")
     with pytest.raises(ValueError, match="latents have a size of their own"):
         pipe("a cube", latents=torch.zeros(1, 4, 8, 8), height=64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_files_that_lie_about_their_size_cost_no_memory(sd15, tmp_path):
+    """A header that promises 2^60 bytes, a tensor that promises 400 GB, and a checkpoint cut in half."""
+
+    def peak() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+    header = json.dumps({"w": {"dtype": "F32", "shape": [10**11], "data_offsets": [0, 4 * 10**11]}}).encode()
+    whole = (sd15 / "model.safetensors").read_bytes()
+    lies = [(2**60).to_bytes(8, "little") + b"{}", len(header).to_bytes(8, "little") + header, whole[: len(whole) // 2]]
+    before = peak()
+    for n, lie in enumerate(lies):
+        (tmp_path / f"{n}.safetensors").write_bytes(lie)
+        with pytest.raises(ValueError, match="damaged"):
+            Pipeline.from_compvis(tmp_path / f"{n}.safetensors", sd15 / "ends")
+    assert peak() - before < 32 * 2**20

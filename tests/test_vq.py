@@ -241,7 +241,7 @@ def test_errors_say_what_was_given():
     with pytest.raises(ValueError, match=r"\(B, 3, h, w\), and was given \(1, 4, 8, 8\)"):
         VectorQuantizer(4, 3)(torch.zeros(1, 4, 8, 8))
     model = VQAutoencoder(VAEConfig(widths=(8, 8), blocks=1, groups=4, mid_attention=False), codes=4).eval()
-    for shape in ((1, 3, 15, 16), (1, 1, 16, 16), (3, 16, 16)):
+    for shape in ((1, 3, 15, 16), (1, 3, 16, 15), (1, 1, 16, 16), (3, 16, 16)):
         with pytest.raises(ValueError, match=rf"multiples of 2, and was given \({', '.join(map(str, shape))}\)"):
             model.encode(torch.zeros(*shape))
     with pytest.raises(ValueError, match=r"\[0, 4\), and was given \(1, 2, 2\) up to 4"):

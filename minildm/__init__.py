@@ -11,8 +11,9 @@ def load(name_or_dir: str, vocabulary: str | None = None, prediction_type: str |
     """Opens a text-to-image model.
 
     Args:
-        name_or_dir: a folder that minildm wrote, a folder in the diffusers layout, a single `.safetensors` or `.ckpt` in the
-            CompVis layout, or the name of a model on the hub, "owner/model", which is fetched.
+        name_or_dir: "shapes32", which comes with the package; a folder that minildm wrote; a folder in the diffusers layout; a
+            single `.safetensors` or `.ckpt` in the CompVis layout; or the name of a model on the hub, "owner/model", which is
+            fetched.
         vocabulary: CLIP's, for a single file, which does not hold it; looked for beside the file if None.
         prediction_type: for a single file, which does not say it; guessed, with a warning where that is uncertain, if None.
 
@@ -23,8 +24,13 @@ def load(name_or_dir: str, vocabulary: str | None = None, prediction_type: str |
         FileNotFoundError, ValueError: as `Pipeline.load`.
         ImportError, OSError: the name cannot be fetched; says why.
     """
+    import torch
+
     from minildm.convert import fetch, is_hub_name  # here, so that `import minildm` costs nothing
     from minildm.pipeline import Pipeline
+    from minildm.shipped import folder_of
 
+    if shipped := folder_of(str(name_or_dir)):
+        return Pipeline.load(shipped, dtype=torch.float32)
     where = fetch(str(name_or_dir)) if is_hub_name(str(name_or_dir)) else name_or_dir
     return Pipeline.load(where, vocabulary=vocabulary, prediction_type=prediction_type)

@@ -75,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("-o", "--out", type=Path, default=Path("out/sample.png"), help="picture to write")
     sample.set_defaults(run=_sample)
 
+    ship = commands.add_parser("ship", help="make a model that comes with the package anew")
+    ship.add_argument("name", choices=["shapes32"])
+    ship.add_argument("--seed", type=int, default=0)
+    ship.add_argument("--judged", type=_at_least_one, default=512, help="how many samples are judged (default: 512)")
+    ship.add_argument("--out", type=Path, help="folder for the result (default: out/ship)")
+    ship.add_argument("--quiet", action="store_true", help="no progress bars")
+    ship.set_defaults(run=_ship, if_stopped="; the same command goes on from the last checkpoint")
+
     judge = commands.add_parser("judge", help="train the classifier that says whether a Shapes picture obeys its caption")
     judge.add_argument("--size", type=int, default=32, help="side of its pictures in pixels (default: 32)")
     judge.add_argument("--objects", type=int, default=1, choices=(1, 2), help="objects in its pictures (default: 1)")
@@ -88,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# --------------------------------------------------------------------------------------------------------- demo and train
+# --------------------------------------------------------------------------------------------------------- demo, train and ship
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -96,33 +104,21 @@ def _demo(args: argparse.Namespace) -> None:
     import torch
 
     from minildm.checkpoint import write_atomically
-    from minildm.metrics import caption_accuracy, load_judge
     from minildm.plot import caption_grid
     from minildm.shapes import Shapes
+    from minildm.shipped import measure
 
     out = args.out or Path("out")
-    judge, about_judge = load_judge()
-    pipe, times = _train_pipeline(args, Shapes(size=32, seed=args.seed), out)
-
+    pipe, times, _ = _train_pipeline(args, Shapes(size=32, seed=args.seed), out)
     start = time.perf_counter()
-    fresh = Shapes(size=32, seed=args.seed + 1_000).draw(range(args.judged))
-    unseen = Shapes(size=32, seed=args.seed + 1_000, split="held_out").draw(range(-(-args.judged // 2)))
-    sampling = {"steps": 20, "sampler": "dpmpp_2m", "guidance_scale": pipe.guidance_scale, "seed": args.seed}
-    pictures = {
-        "reconstructions": (pipe.decode(pipe.encode(fresh.images / 2 + 0.5)), fresh),
-        "samples": (pipe(fresh.captions, **sampling), fresh),
-        "held_out_samples": (pipe(unseen.captions, **sampling), unseen),
-    }
-    figures = {"judge_on_real_pictures": float(about_judge["accuracy"])}
-    for name, (images, asked) in pictures.items():
-        accuracy = caption_accuracy(judge.read(images * 2 - 1), asked.attributes)
-        figures[name] = {**dataclasses.asdict(accuracy), "interval_95": accuracy.interval}
+    figures, pictures = measure(pipe, args.judged, args.seed)
     times["evaluation_s"] = time.perf_counter() - start
 
-    images = torch.cat([pictures["samples"][0][:18], pictures["held_out_samples"][0][:6]])
+    (drawn, fresh), (drawn_unseen, unseen) = pictures["samples"], pictures["held_out_samples"]
     captions = fresh.captions[:18] + [f"[never seen] {c}" for c in unseen.captions[:6]]
-    write_atomically(out / "demo.png", caption_grid(images, captions, columns=6).save)
-    report = {"figures": figures, "times": times, "sampling": sampling, "seed": args.seed, **machine()}
+    sheet = caption_grid(torch.cat([drawn[:18], drawn_unseen[:6]]), captions, columns=6)
+    write_atomically(out / "demo.png", sheet.save)
+    report = {"figures": figures, "times": times, "guidance_scale": pipe.guidance_scale, "seed": args.seed, **machine()}
     write_atomically(out / "demo.json", lambda path: path.write_text(json.dumps(report, indent=1)))
     shutil.rmtree(out / "checkpoints")  # all is written: the next run begins anew
 
@@ -144,7 +140,7 @@ def _train(args: argparse.Namespace) -> None:
 
     dataset = open_dataset(args.dataset, args.size)
     out = args.out or Path("out") / Path(args.dataset).resolve().name
-    pipe, _ = _train_pipeline(args, dataset, out)
+    pipe, _, _ = _train_pipeline(args, dataset, out)
     picks = torch.randint(len(dataset), (12,), generator=torch.Generator().manual_seed(args.seed)).tolist()
     real, captions = dataset.batch(picks)
     real = real / 2 + 0.5
@@ -156,8 +152,23 @@ def _train(args: argparse.Namespace) -> None:
     print(f'  {python()} -m minildm sample "{captions[0]}" --model {out / "model"}')
 
 
+def _ship(args: argparse.Namespace) -> None:
+    """Makes a model that comes with the package anew, as it is in minildm/weights."""
+    from minildm.shapes import Shapes
+    from minildm.shipped import MODELS, halve, measure, ship
+
+    out = args.out or Path("out/ship")
+    args = argparse.Namespace(**vars(args) | MODELS[args.name])
+    pipe, _, described = _train_pipeline(args, Shapes(size=32, seed=args.seed), out)
+    halve(pipe.unet, pipe.vae, pipe.text)
+    figures, _ = measure(pipe, args.judged, args.seed)
+    ship(pipe, out / args.name, f"python -m minildm ship {args.name} --seed {args.seed}", described, figures)
+    shutil.rmtree(out / "checkpoints")
+    print(f"wrote {out / args.name}; captions obeyed in every attribute: {figures['samples']['all_correct']:.1%}")
+
+
 def _train_pipeline(args: argparse.Namespace, dataset, out: Path):
-    """Trains by the small recipe, saves the model under `out` and reads it back; says how long each stage took.
+    """Trains by the small recipe, saves the model under `out` and reads it back; how long each stage took; all choices.
 
     What is measured afterwards is what lies on the disk.  Checkpoints are left for the caller to delete when all is written.
     """
@@ -166,10 +177,11 @@ def _train_pipeline(args: argparse.Namespace, dataset, out: Path):
     from minildm.recipes import Recipe, train_parts
     from minildm.train import watch
 
-    asked = {name: getattr(args, name) for name in ("vae_steps", "word_steps", "steps", "pictures")}
+    asked = {name: getattr(args, name, None) for name in ("vae_steps", "word_steps", "steps", "pictures")}
     recipe = Recipe.small(size=dataset.size, seed=args.seed, **{k: v for k, v in asked.items() if v is not None})
-    checkpoints, origin = out / "checkpoints", str(Path(getattr(args, "dataset", "shapes")).resolve())
-    described = json.dumps({"dataset": origin, "pictures": len(dataset), **dataclasses.asdict(recipe)}, indent=1)
+    checkpoints, origin = out / "checkpoints", getattr(args, "dataset", "shapes")
+    origin = str(Path(origin).resolve()) if Path(origin).exists() else origin
+    described = json.dumps({"dataset": origin, "dataset_size": len(dataset), **dataclasses.asdict(recipe)}, indent=1)
     _claim(checkpoints / "recipe.json", described)
     clock = checkpoints / "times.json"  # what earlier, interrupted runs of the same command have spent
     times = json.loads(clock.read_text()) if clock.exists() else {}
@@ -186,7 +198,7 @@ def _train_pipeline(args: argparse.Namespace, dataset, out: Path):
     pipe = Pipeline(*parts, recipe.prediction_type, recipe.spacing, recipe.size, guidance_scale=recipe.guidance_scale)
     pipe.save(out / "model")
     write_atomically(out / "model" / "recipe.json", lambda path: path.write_text(described))
-    return Pipeline.load(out / "model"), {**times, "training_s": sum(times.values())}
+    return Pipeline.load(out / "model"), {**times, "training_s": sum(times.values())}, described
 
 
 def _claim(path: Path, described: str) -> None:

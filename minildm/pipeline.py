@@ -247,7 +247,7 @@ class Pipeline:
         if (folder / "model_index.json").exists():
             return cls.from_diffusers(folder, device=device, dtype=dtype)
         if not (folder / "model.json").exists():
-            raise FileNotFoundError(f"no model in {folder}: expected model.json there; train one with `python -m minildm demo`")
+            raise FileNotFoundError(f'no model in {folder}: expected model.json; use "shapes32", or train: `minildm demo`')
         try:
             settings = json.loads((folder / "model.json").read_text())
             if settings.get("format") != FORMAT:

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     ship = commands.add_parser("ship", help="make a model that comes with the package anew")
-    ship.add_argument("name", choices=["shapes32"])
+    ship.add_argument("name", choices=["shapes32", "shapes64"])
     ship.add_argument("--seed", type=int, default=0)
     ship.add_argument("--judged", type=_at_least_one, default=512, help="how many samples are judged (default: 512)")
     ship.add_argument("--out", type=Path, help="folder for the result (default: out/ship)")
@@ -109,7 +109,7 @@ def _demo(args: argparse.Namespace) -> None:
     from minildm.shipped import measure
 
     out = args.out or Path("out")
-    pipe, times, _ = _train_pipeline(args, Shapes(size=32, seed=args.seed), out)
+    pipe, times, _ = _train_pipeline(args, Shapes(size=32, seed=args.seed), _recipe(args, size=32), out)
     start = time.perf_counter()
     figures, pictures = measure(pipe, args.judged, args.seed)
     times["evaluation_s"] = time.perf_counter() - start
@@ -140,7 +140,7 @@ def _train(args: argparse.Namespace) -> None:
 
     dataset = open_dataset(args.dataset, args.size)
     out = args.out or Path("out") / Path(args.dataset).resolve().name
-    pipe, _, _ = _train_pipeline(args, dataset, out)
+    pipe, _, _ = _train_pipeline(args, dataset, _recipe(args, dataset.size), out)
     picks = torch.randint(len(dataset), (12,), generator=torch.Generator().manual_seed(args.seed)).tolist()
     real, captions = dataset.batch(picks)
     real = real / 2 + 0.5
@@ -154,31 +154,35 @@ def _train(args: argparse.Namespace) -> None:
 
 def _ship(args: argparse.Namespace) -> None:
     """Makes a model that comes with the package anew, as it is in minildm/weights."""
-    from minildm.shapes import Shapes
     from minildm.shipped import MODELS, halve, measure, ship
 
     out = args.out or Path("out/ship")
-    args = argparse.Namespace(**vars(args) | MODELS[args.name])
-    pipe, _, described = _train_pipeline(args, Shapes(size=32, seed=args.seed), out)
+    dataset, recipe = MODELS[args.name](args.seed)
+    pipe, _, described = _train_pipeline(args, dataset, recipe, out)
     halve(pipe.unet, pipe.vae, pipe.text)
-    figures, _ = measure(pipe, args.judged, args.seed)
+    figures, _ = measure(pipe, args.judged, args.seed, dataset.objects)
     ship(pipe, out / args.name, f"python -m minildm ship {args.name} --seed {args.seed}", described, figures)
     shutil.rmtree(out / "checkpoints")
     print(f"wrote {out / args.name}; captions obeyed in every attribute: {figures['samples']['all_correct']:.1%}")
 
 
-def _train_pipeline(args: argparse.Namespace, dataset, out: Path):
-    """Trains by the small recipe, saves the model under `out` and reads it back; how long each stage took; all choices.
+def _recipe(args: argparse.Namespace, size: int):
+    from minildm.recipes import Recipe
+
+    asked = {name: getattr(args, name) for name in ("vae_steps", "word_steps", "steps", "pictures")}
+    return Recipe.small(size=size, seed=args.seed, **{k: v for k, v in asked.items() if v is not None})
+
+
+def _train_pipeline(args: argparse.Namespace, dataset, recipe, out: Path):
+    """Trains by a recipe, saves the model under `out` and reads it back; how long each stage took; all choices as text.
 
     What is measured afterwards is what lies on the disk.  Checkpoints are left for the caller to delete when all is written.
     """
     from minildm.checkpoint import write_atomically
     from minildm.pipeline import Pipeline
-    from minildm.recipes import Recipe, train_parts
+    from minildm.recipes import train_parts
     from minildm.train import watch
 
-    asked = {name: getattr(args, name, None) for name in ("vae_steps", "word_steps", "steps", "pictures")}
-    recipe = Recipe.small(size=dataset.size, seed=args.seed, **{k: v for k, v in asked.items() if v is not None})
     checkpoints, origin = out / "checkpoints", getattr(args, "dataset", "shapes")
     origin = str(Path(origin).resolve()) if Path(origin).exists() else origin
     described = json.dumps({"dataset": origin, "dataset_size": len(dataset), **dataclasses.asdict(recipe)}, indent=1)

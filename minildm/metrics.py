@@ -1,7 +1,11 @@
-"""Measuring: does a picture show what its caption says?
+"""Measuring: does a picture show what its caption says, and do many together look like real ones?
 
 The judge is a small classifier trained on real renders of every combination, the held-out ones too, so that it knows what
 the generator never saw.  Its own accuracy on fresh renders is stored beside its weights.
+
+Scores of many pictures (`minildm.scores`) need a network to look through.  The published one is Inception, which only a
+download brings; the judge and our small perceptual features work offline, and what they say is called toy-FID and toy-IS,
+because the numbers of two networks must not be compared.
 """
 
 from dataclasses import dataclass
@@ -9,10 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from minildm.shapes import FIELDS
+from minildm.perceptual import load_features
+from minildm.scores import Extractor, extract, fid, inception_score
+from minildm.shapes import FIELDS, from_one_side
 
 
 class Judge(nn.Module):
@@ -116,9 +123,58 @@ def caption_accuracy(read: Tensor, attributes: Tensor, mentioned: Tensor | None 
         raise ValueError(
             f"read is {tuple(read.shape)} and attributes {tuple(attributes.shape)}; expected the same (N, 8), N > 0"
         )
+    attributes, mentioned = from_one_side(attributes, mentioned)  # as a judge reads
     asked = attributes >= 0 if mentioned is None else mentioned & (attributes >= 0)
     if (asked & (read < 0)).any():
         raise ValueError("the captions name a second object, and the judge looked for one: use Judge(objects=2)")
     right = read == attributes
     each = {name: right[asked[:, k], k].float().mean().item() for k, name in enumerate(FIELDS) if asked[:, k].any()}
     return CaptionAccuracy((right | ~asked).all(dim=1).float().mean().item(), each, len(read))
+
+
+def toy_extractor(subject: str) -> Extractor:
+    """Features that work offline, of pictures in [-1, 1].  Scores over them are toy scores, and are to be called so.
+
+    Args:
+        subject: "shapes" for what the judge of one-object Shapes sees before it names anything, of (B, 3, 32, 32) to
+            (B, 256); "emoji" for the mean of each channel of the small perceptual features, of any size to (B, 112).
+
+    Raises:
+        ValueError: another subject.
+    """
+    if subject == "shapes":
+        return load_judge()[0].features
+    if subject == "emoji":
+        look = load_features()[0]
+        return lambda images: torch.cat([reduce(seen, "b c h w -> b c", "mean") for seen in look(images)], dim=1)
+    raise ValueError(f'there are toy features for "shapes" and "emoji", and not for "{subject}"')
+
+
+def toy_fid(real: Tensor, fake: Tensor, subject: str) -> float:
+    """Fréchet distance over the features of `toy_extractor`; pictures in [-1, 1].  To be compared with itself only.
+
+    Shapes have 256 features and emoji 112: take more pictures than that, as many as you can, and always the same number.
+    """
+    return fid(real, fake, toy_extractor(subject))
+
+
+def toy_inception_score(images: Tensor, splits: int = 10, generator: torch.Generator | None = None) -> tuple[float, float]:
+    """Inception score over the judge's opinion of colour and shape together, so that there are 48 classes.
+
+    Args:
+        images: pictures of one-object Shapes, (N, 3, 32, 32) in [-1, 1].
+        splits: into how many parts they go, each scored by itself; parts of a few hundred pictures show 48 classes in full.
+        generator: shuffles them first.
+
+    Returns:
+        Mean and standard deviation over the parts, between 1 and 48.
+    """
+    judge, _ = load_judge()
+    fields = [list(FIELDS).index(name) for name in ("color", "shape")]
+
+    def together(batch: Tensor) -> Tensor:
+        color, shape = (judge(batch)[k] for k in fields)
+        both = rearrange(color, "b c -> b c 1") + rearrange(shape, "b s -> b 1 s")  # logits add where probabilities multiply
+        return rearrange(both, "b c s -> b (c s)")
+
+    return inception_score(torch.cat([*extract(images, together)]), splits=splits, generator=generator)

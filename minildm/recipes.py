@@ -19,7 +19,7 @@ from minildm.machine import best_device
 from minildm.metrics import Judge, caption_accuracy
 from minildm.perceptual import VGGFeatures
 from minildm.schedule import NoiseSchedule
-from minildm.shapes import Shapes
+from minildm.shapes import Shapes, from_one_side
 from minildm.tokenizer import Tokenizer
 from minildm.train import (
     Dataset,
@@ -158,7 +158,7 @@ def train_judge(judge: Judge, cfg: Fit, folder: Path | None = None) -> Iterator[
             x = gaussian_blur(x, kernel_size=[5, 5], sigma=[1.8 * (blur - 0.4) + 0.05] * 2)
         grain = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
         x = x + grain * torch.randn(x.shape, generator=generator)
-        return judge.loss(x.to(device), drawn.attributes.to(device)), {}
+        return judge.loss(x.to(device), from_one_side(drawn.attributes)[0].to(device)), {}
 
     yield from fit(judge, loss_at, cfg, folder)
 

@@ -173,6 +173,23 @@ class Shapes:
         return torch.from_numpy(image).div_(127.5).sub_(1)
 
 
+def from_one_side(attributes: Tensor, mentioned: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The same pictures, told one way only: "a below b" becomes "b above a", and "a right of b" becomes "b left of a".
+
+    A picture does not show which of its two objects its caption named first; whoever reads it needs one order.
+
+    Args:
+        attributes: (N, 8) integers, columns as in FIELDS; rows of one object stay as they are.
+        mentioned: (N, 8) booleans that go with them; None for none.
+    """
+    place = attributes[:, 4]
+    turned = (place == FIELDS["place"].index("below")) | (place == FIELDS["place"].index("right of"))
+    swapped = [0, 5, 6, 7, 4, 1, 2, 3]
+    told = torch.where(turned[:, None], attributes[:, swapped], attributes)
+    told[:, 4] -= turned.long()  # the opposite stands just before each of the two
+    return told, mentioned if mentioned is None else torch.where(turned[:, None], mentioned[:, swapped], mentioned)
+
+
 def _noun_phrase(*words: str) -> str:
     phrase = " ".join(filter(None, words))
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"

@@ -7,6 +7,7 @@ as they are stored.
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -15,11 +16,30 @@ from torch import Tensor, nn
 from minildm.checkpoint import write_atomically
 from minildm.machine import machine
 from minildm.metrics import caption_accuracy, load_judge
+from minildm.recipes import Recipe
 from minildm.shapes import Shapes, ShapesBatch
 
 WEIGHTS = Path(__file__).parent / "weights"
-MODELS = {"shapes32": {"steps": 5000}}  # what differs from the recipe of the demo
 SAMPLING = {"steps": 20, "sampler": "dpmpp_2m"}
+
+
+def shapes32(seed: int = 0) -> tuple[Shapes, Recipe]:
+    """One shape on 32 x 32 pixels: the demo, trained a little longer."""
+    return Shapes(size=32, seed=seed), Recipe.small(steps=5000, seed=seed)
+
+
+def shapes64(seed: int = 0) -> tuple[Shapes, Recipe]:
+    """Two shapes on 64 x 64 pixels, each to be kept apart from the other; latents 48 times smaller, as Stable Diffusion's."""
+    recipe = Recipe.small(size=64, steps=8000, pictures=40_000, seed=seed)
+    return Shapes(size=64, objects=2, seed=seed), dataclasses.replace(
+        recipe,
+        vae=dataclasses.replace(recipe.vae, widths=(48, 128)),  # narrow, where the pixels are many
+        first=dataclasses.replace(recipe.first, steps=2500, lr=3e-3),
+        words=dataclasses.replace(recipe.words, steps=800),
+    )
+
+
+MODELS: dict[str, Callable[[int], tuple[Shapes, Recipe]]] = {"shapes32": shapes32, "shapes64": shapes64}
 
 
 def folder_of(name: str) -> Path | None:
@@ -27,20 +47,21 @@ def folder_of(name: str) -> Path | None:
     return WEIGHTS / name if name in MODELS and (WEIGHTS / name / "model.json").exists() else None
 
 
-def measure(pipe, judged: int = 512, seed: int = 0) -> tuple[dict, dict[str, tuple[Tensor, ShapesBatch]]]:
+def measure(pipe, judged: int = 512, seed: int = 0, objects: int = 1) -> tuple[dict, dict[str, tuple[Tensor, ShapesBatch]]]:
     """How well a model of Shapes obeys: on reconstructions, the ceiling; on samples; on combinations it has never seen.
 
     Args:
         pipe: a `Pipeline` trained on Shapes.
         judged: how many fresh captions are judged, and half as many of held-out combinations.
         seed: another one, other captions.
+        objects: how many its pictures hold, 1 or 2.
 
     Returns:
         The figures, plain values; and the pictures that were judged, in [0, 1], with what was asked of them.
     """
-    judge, about_judge = load_judge(size=pipe.image_size)
-    fresh = Shapes(size=pipe.image_size, seed=seed + 1_000).draw(range(judged))
-    unseen = Shapes(size=pipe.image_size, seed=seed + 1_000, split="held_out").draw(range(-(-judged // 2)))
+    judge, about_judge = load_judge(pipe.image_size, objects)
+    fresh, unseen = (Shapes(pipe.image_size, objects, seed + 1_000, split) for split in ("train", "held_out"))
+    fresh, unseen = fresh.draw(range(judged)), unseen.draw(range(-(-judged // 2)))
     sampling = {**SAMPLING, "guidance_scale": pipe.guidance_scale, "seed": seed}
     pictures = {
         "reconstructions": (pipe.decode(pipe.encode(fresh.images / 2 + 0.5)), fresh),

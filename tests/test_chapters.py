@@ -16,6 +16,7 @@ from chapter_checks import (
     canonical,
     compared,
     defined_twice,
+    definitions,
     described,
     executed,
     exercises,
@@ -28,12 +29,20 @@ from chapter_checks import (
     same_code,
     says_what_it_builds,
     short,
+    tree_of,
     whole,
 )
 from execute_chapters import main, normalise, write
 from test_structure import TIERS
 
 TAUGHT = set().union(*(TIERS[tier] for tier in (0, 1, 2)))
+BUILT_IN = {  # the chapter that completes each module; it shows every public definition of it, or a chapter before does
+    "vae": "02", "perceptual": "03", "gan": "03", "vq": "04", "schedule": "06", "blocks": "07", "unet": "07", "attention": "08",
+    "bpe": "09", "tokenizer": "09", "clip": "09", "samplers": "11", "guidance": "12", "metrics": "13", "scores": "13",
+    "sdxl": "14",
+}  # fmt: skip
+# Used, not taught.
+TOOLS = {"inception", "shapes", "plot", "checkpoint", "folder", "machine", "data", "tiling", "layouts", "tensors"}
 NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in CHAPTERS}
 
 
@@ -53,6 +62,14 @@ def test_a_chapter_is_a_valid_notebook_as_make_chapters_leaves_it(name):
     notebook = nbformat.reads(json.dumps(NOTEBOOKS[name]), as_version=4)
     nbformat.validate(notebook)
     assert normalise(copy.deepcopy(notebook)) == notebook
+
+
+def test_every_module_is_built_in_its_chapter():
+    assert {*BUILT_IN} | TOOLS == TAUGHT
+    assert not {*BUILT_IN} & TOOLS
+    for name, notebook in NOTEBOOKS.items():
+        due = {module for module, number in BUILT_IN.items() if number == name[:2]}
+        assert set(notebook["metadata"]["minildm"]["builds"]) == due, name
 
 
 def test_the_chapters_together_define_everything_once():
@@ -265,6 +282,25 @@ def test_comments_docstrings_and_layout_do_not_count(tiny):
 def test_one_operator_number_hint_or_decorator_counts(tiny, old, new):
     added(source_of("quick_gelu").replace(old, new))(tiny)
     assert [complaint for complaint in same_code(tiny) if "quick_gelu" in complaint]
+
+
+def operators(tree: ast.Module) -> list[ast.BinOp]:
+    """All sums, products and the like within the definitions that these lines share with the package."""
+    shared = [node for node in definitions(tree.body) if node.name in package_definitions()]
+    return [inner for node in shared for inner in ast.walk(node) if isinstance(inner, ast.BinOp)]
+
+
+@pytest.mark.parametrize("name", [name for name, notebook in NOTEBOOKS.items() if notebook["metadata"]["minildm"]["builds"]])
+def test_any_operator_changed_in_a_chapter_is_found(name):
+    tried = 0
+    for cell in NOTEBOOKS[name]["cells"]:
+        for k in range(len(operators(tree_of(cell))) if cell["cell_type"] == "code" else 0):
+            tree = tree_of(cell)
+            changed = operators(tree)[k]
+            changed.op = ast.Sub() if isinstance(changed.op, ast.Add) else ast.Add()
+            assert list(same_code({"cells": [cell | {"source": ast.unparse(tree)}]})), ast.unparse(changed)
+            tried += 1
+    assert tried > 3
 
 
 def test_a_definition_hidden_in_a_block_is_found(tiny):

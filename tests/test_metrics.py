@@ -1,12 +1,24 @@
-"""The judge is right about real pictures, and caption accuracy counts what captions name and nothing else."""
+"""The judge is right about real pictures; caption accuracy counts what captions name; toy scores know bad from good."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
 from minildm.__main__ import _parser
-from minildm.metrics import CaptionAccuracy, Judge, caption_accuracy, load_judge
+from minildm.folder import ImageFolder
+from minildm.metrics import (
+    CaptionAccuracy,
+    Judge,
+    caption_accuracy,
+    load_judge,
+    toy_extractor,
+    toy_fid,
+    toy_inception_score,
+)
 from minildm.recipes import judge_accuracy, train_judge
+from minildm.scores import frechet_distance, inception_score, kid
 from minildm.shapes import FIELDS, Shapes
 from minildm.train import Fit
 
@@ -78,3 +90,77 @@ def test_a_judge_trains(objects):
     read = judge.read(Shapes(objects=objects).draw(range(3)).images)
     assert read.shape == (3, len(FIELDS))
     assert (read[:, 5:] >= 0).all() == (objects == 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- toy scores
+
+
+def test_toy_features_are_those_of_the_shipped_networks():
+    judge, _ = load_judge()
+    x = Shapes(seed=7).draw(range(5)).images
+    assert torch.equal(judge.heads[2](toy_extractor("shapes")(x)), judge(x)[2])
+    assert toy_extractor("shapes")(x).shape == (5, 256)
+    emoji = toy_extractor("emoji")(torch.rand(2, 3, 48, 40))
+    assert emoji.shape == (2, 16 + 32 + 64)
+    even = toy_extractor("emoji")(torch.full((1, 3, 32, 32), -1.0).roll(3, dims=2))
+    torch.testing.assert_close(even, toy_extractor("emoji")(torch.full((1, 3, 32, 32), -1.0)))
+    with pytest.raises(ValueError, match='"shapes" and "emoji", and not for "cats"'):
+        toy_extractor("cats")
+
+
+def test_toy_fid_grows_as_pictures_get_worse():
+    real, other = (Shapes(seed=seed).draw(range(400)).images for seed in (8, 9))
+    noise = torch.randn(other.shape)
+    worse = [other, gaussian_blur(other, [5, 5], [1.0, 1.0]), gaussian_blur(other, [9, 9], [2.0, 2.0])]
+    by_blur = [toy_fid(real, fake, "shapes") for fake in worse]
+    by_noise = [toy_fid(real, other + strength * noise, "emoji") for strength in (0, 0.1, 0.3)]
+    for measured in (by_blur, by_noise):
+        assert measured[0] * 1.1 < measured[1]
+        assert measured[1] * 1.3 < measured[2]
+    alike = toy_extractor("shapes")
+    with torch.no_grad():
+        assert by_blur[0] == pytest.approx(frechet_distance(alike(real), alike(other)), rel=1e-6)
+    assert toy_fid(real, real, "shapes") < 1e-3 * by_blur[0]
+
+
+def test_toy_features_of_emoji_tell_clean_from_blurred():
+    samples = ImageFolder(Path(__file__).parent.parent / "datasets/samples/emoji", size=32)
+    x = samples.batch(range(len(samples)))[0]
+    look = toy_extractor("emoji")
+    with torch.no_grad():
+        one, *others = look(x[::2]), look(x[1::2]), *(look(gaussian_blur(x[1::2], [9, 9], [s, s])) for s in (1.0, 2.0))
+    clean, soft, blurred = (kid(one, other, subset_size=24, subsets=1)[0] for other in others)
+    assert clean * 1.5 < soft
+    assert soft * 1.5 < blurred
+
+
+def test_the_toy_inception_score_counts_colours_and_shapes():
+    drawn = Shapes(seed=10).draw(range(480))
+    score, _ = toy_inception_score(drawn.images, splits=1)
+    assert 30 < score <= 48
+    judge, _ = load_judge()
+    with torch.no_grad():
+        color, shape = (judge(drawn.images)[k].softmax(dim=1) for k in (2, 3))
+    both = (color[:, :, None] * shape[:, None, :]).flatten(1)
+    assert score == pytest.approx(inception_score(both, splits=1, probabilities=True)[0], rel=1e-5)
+    red = drawn.images[drawn.attributes[:, 2] == 0]  # one colour of eight
+    assert 4 < toy_inception_score(red, splits=1)[0] < 6.5
+    one = drawn.images[:1].expand(100, -1, -1, -1)
+    assert toy_inception_score(one) == pytest.approx((1, 0), abs=1e-5)
+    first, again = (toy_inception_score(drawn.images, splits=4, generator=torch.Generator().manual_seed(2)) for _ in range(2))
+    assert first == again
+    assert first[0] < score
+
+
+def test_the_judge_of_two_objects_does_not_mind_which_is_named_first():
+    judge, about = load_judge(size=64, objects=2)
+    assert judge_accuracy(judge, count=500) == pytest.approx(float(about["accuracy"]), abs=0.01)
+    drawn = Shapes(size=64, objects=2, seed=8).draw(range(300))
+    read = judge.read(drawn.images)
+    assert caption_accuracy(read, drawn.attributes).all_correct >= 0.99
+    turned = drawn.attributes[:, [0, 5, 6, 7, 4, 1, 2, 3]]
+    turned[:, 4] = torch.tensor([5, 6, 7, 8, 9, 6, 5, 8, 7])[turned[:, 4]]  # above and below change places, left and right too
+    assert caption_accuracy(read, turned).all_correct >= 0.99
+    wrong = drawn.attributes.clone()
+    wrong[:, 4] = turned[:, 4]  # "a above b" where it is below
+    assert caption_accuracy(read, wrong).all_correct < 0.1

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from minildm.shapes import COLORS, FIELDS, HELD_OUT, SHAPES, Shapes
+from minildm.shapes import COLORS, FIELDS, HELD_OUT, SHAPES, Shapes, from_one_side
 
 PAIRS = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
 
@@ -142,3 +142,21 @@ def test_rendering_is_fast_enough_not_to_matter():
         ds.draw(range(1000))
         best = min(best, time.process_time() - start)
     assert best < 0.2, f"1,000 pictures took {best:.2f} s of one core; 0.15 s is usual, and 5,000 a second are promised"
+
+
+def test_two_objects_are_told_from_one_side():
+    drawn = Shapes(size=64, objects=2, seed=3, partial=0.5).draw(range(200))
+    told, said = from_one_side(drawn.attributes, drawn.mentioned)
+    places = FIELDS["place"]
+    assert {places[p] for p in told[:, 4].tolist()} == {"above", "left of"}
+    opposite = {"below": "above", "right of": "left of"}
+    for before, after, m, n in zip(drawn.attributes.tolist(), told.tolist(), drawn.mentioned, said, strict=True):
+        if (place := places[before[4]]) in opposite:
+            assert after == [before[0], *before[5:], places.index(opposite[place]), *before[1:4]]
+            assert n.tolist() == m[[0, 5, 6, 7, 4, 1, 2, 3]].tolist()
+        else:
+            assert after == before
+            assert torch.equal(m, n)
+    one = Shapes(seed=3).draw(range(50)).attributes
+    assert torch.equal(from_one_side(one)[0], one)
+    assert torch.equal(from_one_side(told)[0], told)

@@ -27,7 +27,7 @@ TIERS = {
         "gan",
         "scores",
     },
-    1: {"tokenizer", "vae", "unet", "clip", "samplers", "data", "metrics", "tiling", "layouts"},
+    1: {"tokenizer", "vae", "unet", "clip", "samplers", "data", "metrics", "inception", "tiling", "layouts"},
     2: {"sdxl", "tensors", "vq"},
     3: {"train", "recipes", "shipped", "configs", "convert", "compvis", "pipeline", "__main__", "__init__"},
 }

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import textwrap
+from collections.abc import Mapping, Sequence
 
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
@@ -104,7 +105,46 @@ def show(images: Tensor, captions: list[str] | None = None, *, alt: str, columns
     Raises:
         ValueError: alt is empty, there is not one caption for each picture, or images lie well outside [0, 1].
     """
+    _check_range(images)
+    return DescribedImage(caption_grid(images, captions or [""] * len(images), columns=columns, side=side), alt)
+
+
+def show_rows(
+    rows: Mapping[str, Tensor | Sequence[Tensor]], *, alt: str, titles: Sequence[str] = (), side: int = 96
+) -> DescribedImage:
+    """Rows of pictures, each with its name at the left, for a notebook: the same things in several versions.
+
+    Args:
+        rows: names, in order, and the pictures of each row: (N, 3, H, W), or N pictures (3, H, W), in [0, 1]; H and W may
+            differ from row to row.
+        alt: what is to be seen, in a sentence or two.
+        titles: what stands above the columns, one for each, or nothing.
+        side: width of a picture, in pixels of the sheet.
+
+    Raises:
+        ValueError: alt is empty, there are no rows, more or fewer titles than columns, or pictures lie well outside [0, 1].
+    """
+    columns = max((len(row) for row in rows.values()), default=0)
+    if columns == 0 or (titles and len(titles) != columns):
+        raise ValueError(f"{len(rows)} rows of at most {columns} pictures and {len(titles)} titles: expected a title a column")
+    font, step, top = ImageFont.load_default(size=13), side + 6, 22 if titles else 4
+    left = 14 + max(int(font.getlength(line)) for name in rows for line in name.split("\n"))
+    sheet = Image.new("RGB", (left + step * columns, top + step * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, title in enumerate(titles):
+        draw.text((left + j * step + side // 2, 11), title, fill="black", font=font, anchor="mm")
+    for i, (name, row) in enumerate(rows.items()):
+        y = top + i * step
+        draw.text((left - 8, y + side // 2), name, fill="black", font=font, anchor="rm", align="right")
+        for j, picture in enumerate(row):
+            _check_range(picture)
+            resample = Image.Resampling.LANCZOS if picture.shape[-1] > side else Image.Resampling.NEAREST
+            sheet.paste(to_pil(picture).resize((side, side), resample), (left + j * step, y))
+            draw.rectangle((left + j * step - 1, y - 1, left + j * step + side, y + side), outline=(200, 200, 200))
+    return DescribedImage(sheet, alt)
+
+
+def _check_range(images: Tensor) -> None:
     low, high = images.min().item(), images.max().item()
     if low < -0.4 or high > 1.4:
         raise ValueError(f"images run from {low:.2f} to {high:.2f}; expected [0, 1]: pass (images + 1) / 2, or clamp them")
-    return DescribedImage(caption_grid(images, captions or [""] * len(images), columns=columns, side=side), alt)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minildm.plot import DescribedImage, caption_grid, figure, show, to_pil
+from minildm.plot import DescribedImage, caption_grid, figure, show, show_rows, to_pil
 
 
 def test_a_picture_keeps_its_pixels():
@@ -70,3 +70,31 @@ def test_pictures_of_another_range_are_refused(images):
 def test_no_figure_without_words():
     with pytest.raises(ValueError, match="alt is empty"):
         show(torch.zeros(1, 3, 8, 8), alt=" ")
+
+
+def test_rows_carry_their_names_titles_and_pixels():
+    red, green = (torch.eye(3)[k].view(1, 3, 1, 1).expand(2, 3, 8, 8) for k in range(2))
+    image = show_rows({"picture": red, "rebuilt\\nby us": list(green[:1])}, alt="red over green", titles=["a", "b"], side=32)
+    sheet = pixels_of(image)
+    assert repr(image) == "red over green"
+    assert sheet.shape[0] == 22 + 2 * 38
+    left = sheet.shape[1] - 2 * 38
+    assert sheet[22 + 16, left + 16].tolist() == sheet[22 + 16, left + 38 + 16].tolist() == [255, 0, 0]
+    assert sheet[22 + 38 + 16, left + 16].tolist() == [0, 255, 0]
+    assert sheet[22 + 38 + 16, left + 38 + 16].tolist() == [255, 255, 255]  # a shorter row ends early
+    for part in (sheet[22 : 22 + 32, : left - 4], sheet[60:92, : left - 4], sheet[:20, left : left + 32]):
+        assert (part < 128).any()  # ink
+    assert show_rows({"x": red}, alt="red", side=32).width == show_rows({"x": red}, alt="red", titles=["a", "b"], side=32).width
+
+
+@pytest.mark.parametrize(
+    ("rows", "titles", "message"),
+    [
+        ({}, (), "0 rows"),
+        ({"a": torch.zeros(2, 3, 8, 8)}, ("one",), "title a column"),
+        ({"a": -torch.ones(1, 3, 8, 8)}, (), "expected"),
+    ],
+)
+def test_rows_that_cannot_be_drawn_are_refused(rows, titles, message):
+    with pytest.raises(ValueError, match=message):
+        show_rows(rows, alt="nothing", titles=titles)

@@ -127,7 +127,7 @@ def _demo(args: argparse.Namespace) -> None:
         print(f"  {name.replace('_', ' '):18} {figures[name]['all_correct']:6.1%}")
     print(f"trained in {times['training_s'] / 60:.1f} minutes; look at {out / 'demo.png'}, and draw your own:")
     where = "" if out == Path("out") else f" --model {out / 'model'}"
-    print(f'  {python()} -m minildm sample "a large red star on a white background"{where}')
+    print(f'  {python()} -m minildm sample "a large red star in the center on a white background"{where}')
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ def shapes32(seed: int = 0) -> tuple[Shapes, Recipe]:
 def shapes64(seed: int = 0) -> tuple[Shapes, Recipe]:
     """Two shapes on 64 x 64 pixels, each to be kept apart from the other; latents 48 times smaller, as Stable Diffusion's."""
     recipe = Recipe.small(size=64, steps=8000, pictures=40_000, seed=seed)
-    return Shapes(size=64, objects=2, seed=seed), dataclasses.replace(
+    return Shapes(size=64, objects=2, seed=seed, partial=0.3), dataclasses.replace(
         recipe,
         vae=dataclasses.replace(recipe.vae, widths=(48, 128)),  # narrow, where the pixels are many
         first=dataclasses.replace(recipe.first, steps=2500, lr=3e-3),

@@ -63,7 +63,8 @@ class DescribedImage:
         if not alt.strip():
             raise ValueError("alt is empty; say in a sentence what the figure shows")
         buffer = io.BytesIO()
-        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        few = {"method": Image.Quantize.MAXCOVERAGE, "kmeans": 1, "dither": Image.Dither.NONE}  # rare colours survive
+        picture.convert("RGB").quantize(256, **few).save(buffer, "PNG", optimize=True)
         self.alt, self.width, self.png = " ".join(alt.split()), picture.width, buffer.getvalue()
 
     def __repr__(self) -> str:

@@ -98,3 +98,18 @@ def test_rows_carry_their_names_titles_and_pixels():
 def test_rows_that_cannot_be_drawn_are_refused(rows, titles, message):
     with pytest.raises(ValueError, match=message):
         show_rows(rows, alt="nothing", titles=titles)
+
+
+def test_rare_colours_survive_the_small_palette():
+    generator = torch.Generator().manual_seed(0)
+    pale = 0.94 + 0.06 * torch.rand(6, 3, 48, 48, generator=generator)  # thousands of whites, as a decoder paints them
+    steps = torch.linspace(0, 1, 8)
+    for k, (low, high) in enumerate([(0.2, 0.5), (0.5, 0.9), (0.1, 0.3)]):
+        pale[k, 0, 20:28, 20:28] = 0.9 - 0.3 * steps  # and a small red thing of many shades
+        pale[k, 1, 20:28, 20:28] = (low + (high - low) * steps)[:, None]
+        pale[k, 2, 20:28, 20:28] = 0.1 + 0.5 * steps.flip(0)[:, None]
+    sheet = pixels_of(show_rows({"": pale}, alt="colours", side=48))
+    left = sheet.shape[1] - 6 * 54
+    for k, picture in enumerate(pale):
+        shown = sheet[4 : 4 + 48, left + 54 * k : left + 54 * k + 48].astype(int)
+        assert np.abs(shown - np.array(to_pil(picture)).astype(int)).max() < 20

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     ship = commands.add_parser("ship", help="make a model that comes with the package anew")
-    ship.add_argument("name", choices=["shapes32", "shapes64"])
+    ship.add_argument("name", choices=["shapes32"])
     ship.add_argument("--seed", type=int, default=0)
     ship.add_argument("--judged", type=_at_least_one, default=512, help="how many samples are judged (default: 512)")
     ship.add_argument("--out", type=Path, help="folder for the result (default: out/ship)")

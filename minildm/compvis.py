@@ -14,9 +14,10 @@ import torch
 
 from minildm.clip import TextConfig
 from minildm.convert import TEXTS, Configs, Parts, assemble, join
+from minildm.files import Stored, open_weights
 from minildm.layouts import OPENCLIP_TEXT, TRANSFORMERS_TEXT, compvis_unet, compvis_vae
 from minildm.schedule import NoiseSchedule, check_prediction_type
-from minildm.tensors import Stored, open_weights, under, unify
+from minildm.tensors import under, unify
 from minildm.tokenizer import Tokenizer
 from minildm.unet import UNetConfig
 from minildm.vae import VAEConfig

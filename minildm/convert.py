@@ -27,11 +27,12 @@ from minildm.configs import (
     write_unet,
     write_vae,
 )
+from minildm.files import Stored, open_weights
 from minildm.layouts import DIFFUSERS_UNET, DIFFUSERS_VAE, TRANSFORMERS_TEXT, Table, names
 from minildm.machine import best_device
 from minildm.schedule import NoiseSchedule
 from minildm.sdxl import SIZE_FEATURES, SDXLText, SDXLTextConfig, TokenizerPair
-from minildm.tensors import Fitting, Stored, check, fill, open_weights, unify
+from minildm.tensors import Fitting, check, fill, unify
 from minildm.tokenizer import Tokenizer
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig

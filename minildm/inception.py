@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minildm.perceptual import _check, _read
+from minildm.files import open_weights, read_tensors
 
 INCEPTION_FILE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -99,17 +99,16 @@ def load_inception(path: Path | str) -> Inception:
         FileNotFoundError: there is none; says where it comes from.
         ValueError: it holds something else.
     """
-    stored = _read(Path(path), INCEPTION_FILE)
-    bias = stored.get("fc.bias") if isinstance(stored, dict) else None
-    inception = Inception(published=bias is None or len(bias) != 1000)
+    path = Path(path)
+    bias = open_weights(path).get("fc.bias") if path.is_file() else None  # read_tensors says what is wrong, if anything is
+    inception = Inception(published=bias is None or bias.shape != (1000,))
     state = {
         name.replace("network.", "").replace("classifier.", "fc."): t
         for name, t in inception.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    _check(Path(path), stored, {name: tuple(t.shape) for name, t in state.items()})
-    for name, t in state.items():
-        t.copy_(stored[name])  # into the network
+    for name, t in read_tensors(path, {name: tuple(t.shape) for name, t in state.items()}, INCEPTION_FILE).items():
+        state[name].copy_(t)  # into the network
     if not inception.published:
         warnings.warn(
             f"{path} is torchvision's classifier: scores over it are not the published FID, KID and IS, and must not be "

@@ -9,14 +9,13 @@ because the numbers of two networks must not be compared.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from minildm.files import WEIGHTS, read_shipped
 from minildm.perceptual import load_features
 from minildm.scores import Extractor, extract, fid, inception_score
 from minildm.shapes import FIELDS, from_one_side
@@ -77,14 +76,14 @@ def load_judge(size: int = 32, objects: int = 1) -> tuple[Judge, dict[str, str]]
     Raises:
         FileNotFoundError: no judge of that kind is shipped; says how to train one.
     """
-    path = Path(__file__).parent / "weights" / judge_file(size, objects)
+    path = WEIGHTS / judge_file(size, objects)
     if not path.exists():
         command = f"python -m minildm judge --size {size} --objects {objects} --out {path.parent}"
         raise FileNotFoundError(f"no judge at {path}; train one: {command}")
-    with safe_open(path, framework="pt") as f:
-        judge = Judge(size=size, objects=objects)
-        judge.load_state_dict({name: f.get_tensor(name).float() for name in f.keys()})  # noqa: SIM118
-        return judge.eval(), f.metadata()
+    weights, about = read_shipped(path.name)
+    judge = Judge(size=size, objects=objects)
+    judge.load_state_dict(weights)
+    return judge.eval(), about
 
 
 def judge_file(size: int, objects: int) -> str:

@@ -4,13 +4,13 @@ The published distance looks through VGG16, 59 MB that only a download brings.  
 same kind, trained on our own pictures, works offline; the numbers of the two must not be compared.
 """
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+
+from minildm.files import read_shipped, read_tensors
 
 VGG_FILE = "https://download.pytorch.org/models/vgg16-397923af.pth"  # 528 MB, of which 59 are used
 HEADS_FILE = "lpips/weights/v0.1/vgg.pth in the Python package lpips"  # 7 kB
@@ -123,10 +123,10 @@ def unit(features: Tensor) -> Tensor:
 
 def load_features() -> tuple[VGGFeatures, dict[str, str]]:
     """The shipped small features, trained on emoji to tell one from another, and what their file says of them."""
+    weights, about = read_shipped("features-emoji32.safetensors")
     features = VGGFeatures.toy()
-    with safe_open(Path(__file__).parent / "weights" / "features-emoji32.safetensors", framework="pt") as f:
-        features.load_state_dict({name: f.get_tensor(name).float() for name in f.keys()})  # noqa: SIM118
-        return features.eval(), f.metadata()
+    features.load_state_dict(weights)
+    return features.eval(), about
 
 
 def load_lpips(vgg_file: Path | str, heads_file: Path | str) -> LPIPS:
@@ -140,31 +140,9 @@ def load_lpips(vgg_file: Path | str, heads_file: Path | str) -> LPIPS:
         FileNotFoundError: one of them is missing; says where it comes from.
         ValueError: one of them holds something else.
     """
-    features = VGGFeatures()
-    stored = _read(Path(vgg_file), VGG_FILE)
-    _check(Path(vgg_file), stored, {name: tuple(p.shape) for name, p in features.named_parameters()})
-    features.load_state_dict({name: stored[name] for name, _ in features.named_parameters()})
-    heads = _read(Path(heads_file), HEADS_FILE)
-    widths = (64, 128, 256, 512, 512)
-    _check(Path(heads_file), heads, {f"lin{i}.model.1.weight": (1, width, 1, 1) for i, width in enumerate(widths)})
-    return LPIPS(features, [heads[f"lin{i}.model.1.weight"].flatten() for i in range(len(widths))])
-
-
-def _read(path: Path, origin: str) -> dict[str, Tensor]:
-    """Tensors from a pickle that holds nothing else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; it comes from {origin}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is damaged, or holds more than tensors ({reason}); fetch it again from {origin}") from error
-
-
-def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Makes sure that a file has all tensors that are asked of it, in the right shapes; it may have more."""
-    shapes = {name: tuple(t.shape) for name, t in found.items()} if isinstance(found, dict) else {}
-    if odd := [name for name, shape in wanted.items() if shapes.get(name) != shape]:
-        raise ValueError(
-            f"{path} is another kind of file: {odd[0]} should be {wanted[odd[0]]}, and is {shapes.get(odd[0], 'not in it')}"
-        )
+    features, widths = VGGFeatures(), (64, 128, 256, 512, 512)
+    wanted = {name: tuple(p.shape) for name, p in features.named_parameters()}
+    features.load_state_dict(read_tensors(Path(vgg_file), wanted, VGG_FILE))
+    wanted = {f"lin{i}.model.1.weight": (1, width, 1, 1) for i, width in enumerate(widths)}
+    heads = read_tensors(Path(heads_file), wanted, HEADS_FILE)
+    return LPIPS(features, [head.flatten() for head in heads.values()])

@@ -6,7 +6,6 @@ as they are stored.
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minildm.checkpoint import write_atomically
+from minildm.files import WEIGHTS
 from minildm.machine import machine
 from minildm.metrics import caption_accuracy, load_judge
 from minildm.recipes import Recipe
 from minildm.shapes import Shapes, ShapesBatch
 
-WEIGHTS = Path(__file__).parent / "weights"
 SAMPLING = {"steps": 20, "sampler": "dpmpp_2m"}
 
 
@@ -28,23 +27,12 @@ def shapes32(seed: int = 0) -> tuple[Shapes, Recipe]:
     return Shapes(size=32, seed=seed), Recipe.small(steps=5000, seed=seed)
 
 
-def shapes64(seed: int = 0) -> tuple[Shapes, Recipe]:
-    """Two shapes on 64 x 64 pixels, each to be kept apart from the other; latents 48 times smaller, as Stable Diffusion's."""
-    recipe = Recipe.small(size=64, steps=8000, pictures=40_000, seed=seed)
-    return Shapes(size=64, objects=2, seed=seed, partial=0.3), dataclasses.replace(
-        recipe,
-        vae=dataclasses.replace(recipe.vae, widths=(48, 128)),  # narrow, where the pixels are many
-        first=dataclasses.replace(recipe.first, steps=2500, lr=3e-3),
-        words=dataclasses.replace(recipe.words, steps=800),
-    )
-
-
-MODELS: dict[str, Callable[[int], tuple[Shapes, Recipe]]] = {"shapes32": shapes32, "shapes64": shapes64}
+MODELS: dict[str, Callable[[int], tuple[Shapes, Recipe]]] = {"shapes32": shapes32}
 
 
 def folder_of(name: str) -> Path | None:
     """Where a shipped model lies; None if no such model is shipped."""
-    return WEIGHTS / name if name in MODELS and (WEIGHTS / name / "model.json").exists() else None
+    return WEIGHTS / name if name in MODELS else None
 
 
 def measure(pipe, judged: int = 512, seed: int = 0, objects: int = 1) -> tuple[dict, dict[str, tuple[Tensor, ShapesBatch]]]:
@@ -92,10 +80,7 @@ def ship(pipe, folder: Path, recipe: str, described: str, figures: dict) -> None
         described: all choices of the training, as text.
         figures: what was measured, plain values.
     """
-    beside = folder.with_name(f".{folder.name}.new")
-    pipe.save(beside)
-    tensors = {name: t.half() if name != "alpha_bar" else t for name, t in load_file(beside / "model.safetensors").items()}
+    pipe.save(folder)
+    tensors = {name: t.half() if name != "alpha_bar" else t for name, t in load_file(folder / "model.safetensors").items()}
     about = {"recipe": recipe, "choices": described, "figures": json.dumps(figures), **machine()}
-    write_atomically(beside / "model.safetensors", lambda path: save_file(tensors, path, metadata=about))
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=about))

@@ -1,90 +1,18 @@
-"""Files of weights, opened before they are read, and networks filled from them.
+"""Networks filled from files of weights.
 
-A tensor in a file is known by its name and shape; it stays on disk until every name and shape has been found right.  Then it
-is memory-mapped into a network that was built without memory, so that loading needs one copy, or none.
+A tensor stays on disk until every name and shape has been found right.  Then it is memory-mapped into a network that was
+built without memory, so that loading needs one copy, or none.
 """
 
-import pickle
 import re
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
+from minildm.files import Stored
 from minildm.layouts import NOT_WEIGHTS, SPELLINGS, Table, names, rename
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file, not yet read."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-
-class Inert:
-    """Stands in a pickle for what the training programs of the first checkpoints left beside the weights; it does nothing."""
-
-    def __init__(self, *args) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What those files name, and no more: each becomes an Inert, nothing of theirs is imported or called.
-LEFT_BESIDE = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar", "numpy.dtype",
-)  # fmt: skip
-
-
-def open_weights(path: Path) -> dict[str, Stored]:
-    """Opens a file of tensors without reading them: safetensors, or a pickle that holds nothing but data.
-
-    Args:
-        path: a `.safetensors`, or a `.ckpt`, `.bin`, `.pt` or `.pth`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or a pickle that would run code; nothing of it has been run.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            file = safe_open(path, framework="pt")
-            return {
-                name: Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
-                for name in file.keys()  # noqa: SIM118
-            }
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
-    try:
-        with torch.serialization.safe_globals([(Inert, name) for name in LEFT_BESIDE]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(
-            f"{path} is damaged, or a pickle with more than tensors in it, which could run code and was not opened ({reason}); "
-            "look for the same model as .safetensors"
-        ) from error
-    except Exception as error:  # what reads a broken pickle may raise anything
-        raise ValueError(f"{path} is damaged or no checkpoint ({error}); fetch it again") from error
-    content = content if isinstance(content, dict) else {}
-    content |= nested if isinstance(nested := content.get("state_dict"), dict) else {}
-    if isinstance(step := content.get("global_step"), int):
-        content["global_step"] = torch.tensor(float(step))
-    return {
-        name: Stored(tuple(t.shape), partial(torch.Tensor.detach, t))
-        for name, t in content.items()
-        if isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
-    }
 
 
 def under(prefix: str, stored: dict[str, Stored]) -> dict[str, Stored]:

@@ -42,7 +42,7 @@ BUILT_IN = {  # the chapter that completes each module; it shows every public de
     "sdxl": "14",
 }  # fmt: skip
 # Used, not taught.
-TOOLS = {"inception", "shapes", "plot", "checkpoint", "folder", "machine", "data", "tiling", "layouts", "tensors"}
+TOOLS = {"files", "inception", "shapes", "plot", "checkpoint", "folder", "machine", "data", "tiling", "layouts", "tensors"}
 NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in CHAPTERS}
 
 

@@ -123,7 +123,8 @@ start = time.process_time()
 if {ours}:
     from minildm.configs import read_unet
     from minildm.layouts import DIFFUSERS_UNET
-    from minildm.tensors import Fitting, fill, open_weights
+    from minildm.files import open_weights
+    from minildm.tensors import Fitting, fill
     from minildm.unet import UNet
     with torch.device("meta"):
         unet = UNet(read_unet(json.loads(Path(folder, "config.json").read_text())))

@@ -74,7 +74,7 @@ def test_no_figure_without_words():
 
 def test_rows_carry_their_names_titles_and_pixels():
     red, green = (torch.eye(3)[k].view(1, 3, 1, 1).expand(2, 3, 8, 8) for k in range(2))
-    image = show_rows({"picture": red, "rebuilt\\nby us": list(green[:1])}, alt="red over green", titles=["a", "b"], side=32)
+    image = show_rows({"picture": red, "rebuilt\nby us": list(green[:1])}, alt="red over green", titles=["a", "b"], side=32)
     sheet = pixels_of(image)
     assert repr(image) == "red over green"
     assert sheet.shape[0] == 22 + 2 * 38

@@ -8,16 +8,15 @@ import torch
 from safetensors import safe_open
 
 import minildm
-from minildm.__main__ import main
+from minildm.__main__ import _parser, main
+from minildm.files import WEIGHTS
 from minildm.recipes import Recipe
 from minildm.shapes import Shapes
-from minildm.shipped import MODELS, WEIGHTS, folder_of, measure
-
-SHIPPED = [name for name in MODELS if folder_of(name)]
+from minildm.shipped import MODELS, folder_of, measure
 
 
 def brief(seed: int) -> tuple[Shapes, Recipe]:
-    return Shapes(size=64, objects=2, seed=seed), Recipe.small(64, vae_steps=2, word_steps=2, steps=2, pictures=64, seed=seed)
+    return Shapes(seed=seed), Recipe.small(vae_steps=2, word_steps=2, steps=2, pictures=64, seed=seed)
 
 
 def about(folder) -> dict[str, str]:
@@ -25,19 +24,19 @@ def about(folder) -> dict[str, str]:
         return f.metadata()
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", MODELS)
 def test_it_does_what_its_file_says(name):
     pipe = minildm.load(name)
     assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text) for p in part.parameters()} == {torch.float32}
     stated = json.loads(about(WEIGHTS / name)["figures"])
-    figures, _ = measure(pipe, judged=48, objects=MODELS[name]()[0].objects)
+    figures, _ = measure(pipe, judged=48)
     for what in ("reconstructions", "samples", "held_out_samples"):
         low, high = figures[what]["interval_95"]
         assert low - 0.01 <= stated[what]["all_correct"] <= high + 0.01, (what, figures[what]["all_correct"])
     assert stated["samples"]["count"] == 512
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", MODELS)
 def test_its_file_says_how_it_was_made(name):
     said = about(WEIGHTS / name)
     assert said["recipe"] == f"python -m minildm ship {name} --seed 0"
@@ -50,12 +49,12 @@ def test_all_that_is_shipped_stays_small():
 
 
 def test_one_command_makes_it_anew(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(MODELS, "shapes64", brief)
+    monkeypatch.setitem(MODELS, "shapes32", brief)
     for _ in range(2):  # the second replaces the first
-        assert main(["ship", "shapes64", "--out", str(tmp_path), "--judged", "8", "--quiet"]) == 0
+        assert main(["ship", "shapes32", "--out", str(tmp_path), "--judged", "8", "--quiet"]) == 0
     assert "wrote" in capsys.readouterr().out
-    made = tmp_path / "shapes64"
-    assert {p.name for p in tmp_path.iterdir()} == {"model", "shapes64"}
+    made = tmp_path / "shapes32"
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "shapes32"}
     with safe_open(made / "model.safetensors", framework="pt") as f:
         dtypes = {name: f.get_tensor(name).dtype for name in f.keys()}  # noqa: SIM118
     assert dtypes.pop("alpha_bar") == torch.float64
@@ -64,6 +63,12 @@ def test_one_command_makes_it_anew(tmp_path, monkeypatch, capsys):
     rounded, trained = minildm.load(made).to(torch.float32), minildm.load(tmp_path / "model")
     for name, p in trained.unet.state_dict().items():
         assert torch.equal(rounded.unet.state_dict()[name], p.half().float())
+
+
+def test_the_command_line_knows_them_all():
+    for name in MODELS:
+        assert _parser().parse_args(["ship", name]).name == name
+        assert folder_of(name).is_dir()
 
 
 def test_a_name_that_is_not_shipped_is_no_model():

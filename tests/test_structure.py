@@ -23,12 +23,12 @@ TIERS = {
         "checkpoint",
         "folder",
         "machine",
-        "perceptual",
+        "files",
         "gan",
         "scores",
     },
-    1: {"tokenizer", "vae", "unet", "clip", "samplers", "data", "metrics", "inception", "tiling", "layouts"},
-    2: {"sdxl", "tensors", "vq"},
+    1: {"tokenizer", "vae", "unet", "clip", "samplers", "data", "perceptual", "inception", "tiling", "layouts"},
+    2: {"sdxl", "tensors", "vq", "metrics"},
     3: {"train", "recipes", "shipped", "configs", "convert", "compvis", "pipeline", "__main__", "__init__"},
 }
 # Within tier 3 a file may import the ones before it.

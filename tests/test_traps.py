@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minildm
+from minildm.files import open_weights
 from minildm.pipeline import Pipeline
-from minildm.tensors import open_weights
 from minildm.tiling import decode_sparingly, decode_tiled
 
 

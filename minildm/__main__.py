@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     ship = commands.add_parser("ship", help="make a model that comes with the package anew")
-    ship.add_argument("name", choices=["shapes32"])
+    ship.add_argument("name", choices=["shapes32", "shapes64"])
     ship.add_argument("--seed", type=int, default=0)
     ship.add_argument("--judged", type=_at_least_one, default=512, help="how many samples are judged (default: 512)")
     ship.add_argument("--out", type=Path, help="folder for the result (default: out/ship)")
@@ -109,7 +109,7 @@ def _demo(args: argparse.Namespace) -> None:
     from minildm.shipped import measure
 
     out = args.out or Path("out")
-    pipe, times, _ = _train_pipeline(args, Shapes(size=32, seed=args.seed), _recipe(args, size=32), out)
+    pipe, _, times, _ = _train_pipeline(args, Shapes(size=32, seed=args.seed), _recipe(args, size=32), out)
     start = time.perf_counter()
     figures, pictures = measure(pipe, args.judged, args.seed)
     times["evaluation_s"] = time.perf_counter() - start
@@ -140,7 +140,7 @@ def _train(args: argparse.Namespace) -> None:
 
     dataset = open_dataset(args.dataset, args.size)
     out = args.out or Path("out") / Path(args.dataset).resolve().name
-    pipe, _, _ = _train_pipeline(args, dataset, _recipe(args, dataset.size), out)
+    pipe, *_ = _train_pipeline(args, dataset, _recipe(args, dataset.size), out)
     picks = torch.randint(len(dataset), (12,), generator=torch.Generator().manual_seed(args.seed)).tolist()
     real, captions = dataset.batch(picks)
     real = real / 2 + 0.5
@@ -158,10 +158,10 @@ def _ship(args: argparse.Namespace) -> None:
 
     out = args.out or Path("out/ship")
     dataset, recipe = MODELS[args.name](args.seed)
-    pipe, _, described = _train_pipeline(args, dataset, recipe, out)
+    pipe, clip, _, described = _train_pipeline(args, dataset, recipe, out)
     halve(pipe.unet, pipe.vae, pipe.text)
     figures, _ = measure(pipe, args.judged, args.seed, dataset.objects)
-    ship(pipe, out / args.name, f"python -m minildm ship {args.name} --seed {args.seed}", described, figures)
+    ship(pipe, clip, out / args.name, f"python -m minildm ship {args.name} --seed {args.seed}", described, figures)
     shutil.rmtree(out / "checkpoints")
     print(f"wrote {out / args.name}; captions obeyed in every attribute: {figures['samples']['all_correct']:.1%}")
 
@@ -174,7 +174,9 @@ def _recipe(args: argparse.Namespace, size: int):
 
 
 def _train_pipeline(args: argparse.Namespace, dataset, recipe, out: Path):
-    """Trains by a recipe, saves the model under `out` and reads it back; how long each stage took; all choices as text.
+    """Trains by a recipe, saves the model under `out` and reads it back.
+
+    Returns the pipeline, what its text encoder was trained in, how long each stage took, and all choices as text.
 
     What is measured afterwards is what lies on the disk.  Checkpoints are left for the caller to delete when all is written.
     """
@@ -198,11 +200,11 @@ def _train_pipeline(args: argparse.Namespace, dataset, recipe, out: Path):
             times[name] = times.get(name, 0.0) + time.perf_counter() - started
             write_atomically(clock, lambda path: path.write_text(json.dumps(times)))
 
-    parts = train_parts(recipe, dataset, run, checkpoints)
+    *parts, clip = train_parts(recipe, dataset, run, checkpoints)
     pipe = Pipeline(*parts, recipe.prediction_type, recipe.spacing, recipe.size, guidance_scale=recipe.guidance_scale)
     pipe.save(out / "model")
     write_atomically(out / "model" / "recipe.json", lambda path: path.write_text(described))
-    return Pipeline.load(out / "model"), {**times, "training_s": sum(times.values())}, described
+    return Pipeline.load(out / "model"), clip, {**times, "training_s": sum(times.values())}, described
 
 
 def _claim(path: Path, described: str) -> None:

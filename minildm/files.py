@@ -39,18 +39,20 @@ LEFT_BESIDE = (
 )  # fmt: skip
 
 
-def open_weights(path: Path) -> dict[str, Stored]:
+def open_weights(path: Path, origin: str = "") -> dict[str, Stored]:
     """Opens a file of tensors without reading them: safetensors, or a pickle that holds nothing but data.
 
     Args:
         path: a `.safetensors`, or a `.ckpt`, `.bin`, `.pt` or `.pth`.
+        origin: where such a file comes from, for the errors.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or a pickle that would run code; nothing of it has been run.
     """
+    origin = origin and f"; it comes from {origin}"
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no file {path}{origin}")
     if path.suffix == ".safetensors":
         try:
             file = safe_open(path, framework="pt")
@@ -59,7 +61,7 @@ def open_weights(path: Path) -> dict[str, Stored]:
                 for name in file.keys()  # noqa: SIM118
             }
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again{origin}") from error
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in LEFT_BESIDE]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -67,10 +69,10 @@ def open_weights(path: Path) -> dict[str, Stored]:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(
             f"{path} is damaged, or a pickle with more than tensors in it, which could run code and was not opened ({reason}); "
-            "look for the same model as .safetensors"
+            f"look for the same model as .safetensors{origin}"
         ) from error
     except Exception as error:  # what reads a broken pickle may raise anything
-        raise ValueError(f"{path} is damaged or no checkpoint ({error}); fetch it again") from error
+        raise ValueError(f"{path} is damaged or no checkpoint ({error}); fetch it again{origin}") from error
     content = content if isinstance(content, dict) else {}
     content |= nested if isinstance(nested := content.get("state_dict"), dict) else {}
     if isinstance(step := content.get("global_step"), int):
@@ -86,18 +88,13 @@ def read_tensors(path: Path, wanted: dict[str, tuple[int, ...]], origin: str) ->
     """Reads what is asked of a file, once all of it has been found there in the right shapes; the file may hold more.
 
     Args:
-        path: as for `open_weights`.
+        path, origin: as for `open_weights`.
         wanted: names, and the shape of each.
-        origin: where such a file comes from, for the error.
 
     Raises:
-        FileNotFoundError: there is no such file; says where it comes from.
-        ValueError: as `open_weights`, or it is another kind of file; says which tensor is missing or misshapen.
+        FileNotFoundError, ValueError: as `open_weights`; or it is another kind of file, says which tensor is missing or wrong.
     """
-    try:
-        stored = open_weights(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{error}; it comes from {origin}") from error
+    stored = open_weights(path, origin)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if odd := [name for name, shape in wanted.items() if shapes.get(name) != shape]:
         raise ValueError(

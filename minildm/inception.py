@@ -100,7 +100,7 @@ def load_inception(path: Path | str) -> Inception:
         ValueError: it holds something else.
     """
     path = Path(path)
-    bias = open_weights(path).get("fc.bias") if path.is_file() else None  # read_tensors says what is wrong, if anything is
+    bias = open_weights(path, INCEPTION_FILE).get("fc.bias")
     inception = Inception(published=bias is None or bias.shape != (1000,))
     state = {
         name.replace("network.", "").replace("classifier.", "fc."): t

@@ -45,7 +45,7 @@ class Judge(nn.Module):
             nn.Conv2d(width, 2 * width, kernel_size=3, stride=2, padding=1), nn.GroupNorm(8, 2 * width), nn.ReLU(),
             nn.Conv2d(2 * width, 2 * width, kernel_size=3, padding=1), nn.GroupNorm(8, 2 * width), nn.ReLU(),
             nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1), nn.GroupNorm(8, 4 * width), nn.ReLU(),
-            nn.Flatten(), nn.Linear(4 * width * (size // 8) ** 2, 256), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 4**2, 256), nn.ReLU(),
         )  # fmt: skip
         self.heads = nn.ModuleList([nn.Linear(256, len(names)) for names in fields])
 

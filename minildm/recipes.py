@@ -91,6 +91,7 @@ class Trained(NamedTuple):
     text: TextEncoder
     tokenizer: Tokenizer
     schedule: NoiseSchedule
+    clip: CLIP  # the text encoder and, beside it, the image encoder that it was trained with
 
 
 # How a caller runs a stage: it is given the stage's generator and its name, and returns what the generator returns.
@@ -131,7 +132,7 @@ def train_parts(
         folder and folder / "diffusion", prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,
     )  # fmt: skip
     run(stage, "diffusion")
-    return Trained(unet, vae, clip.text, tokenizer, schedule)
+    return Trained(unet, vae, clip.text, tokenizer, schedule, clip)
 
 
 def _tokenise(tokenizer: Tokenizer, captions: list[str]) -> Tensor:

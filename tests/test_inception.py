@@ -100,7 +100,7 @@ def test_other_files_are_not_taken_for_inception(tmp_path, published_file):
     with pytest.raises(ValueError, match="another kind of file"):
         load_inception(tmp_path / "list.pth")
     torch.save({"fc.bias": Fit}, tmp_path / "code.pth")
-    with pytest.raises(ValueError, match="could run code and was not opened.*comes from https"):
+    with pytest.raises(ValueError, match=r"could run code and was not opened.*comes from https"):
         load_inception(tmp_path / "code.pth")
 
 

@@ -11,8 +11,9 @@ import minildm
 from minildm.__main__ import _parser, main
 from minildm.files import WEIGHTS
 from minildm.recipes import Recipe
+from minildm.scores import clip_score
 from minildm.shapes import Shapes
-from minildm.shipped import MODELS, folder_of, measure
+from minildm.shipped import MODELS, folder_of, load_clip, measure
 
 
 def brief(seed: int) -> tuple[Shapes, Recipe]:
@@ -29,7 +30,7 @@ def test_it_does_what_its_file_says(name):
     pipe = minildm.load(name)
     assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text) for p in part.parameters()} == {torch.float32}
     stated = json.loads(about(WEIGHTS / name)["figures"])
-    figures, _ = measure(pipe, judged=48)
+    figures, _ = measure(pipe, judged=48, objects=MODELS[name]()[0].objects)
     for what in ("reconstructions", "samples", "held_out_samples"):
         low, high = figures[what]["interval_95"]
         assert low - 0.01 <= stated[what]["all_correct"] <= high + 0.01, (what, figures[what]["all_correct"])
@@ -42,6 +43,21 @@ def test_its_file_says_how_it_was_made(name):
     assert said["recipe"] == f"python -m minildm ship {name} --seed 0"
     assert json.loads(said["choices"])["second"] == json.loads(json.dumps(asdict(MODELS[name]()[1].second)))
     assert {"torch", "python", "processor", "minildm"} <= set(said)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_its_two_encoders_find_each_other(name):
+    clip, tokenizer = load_clip(name)
+    x, captions = MODELS[name]()[0].batch(range(5_000_000, 5_000_064))  # never trained on
+    image, text = clip(x, tokenizer(captions))
+    alike = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
+    assert (alike.argmax(dim=1) == torch.arange(64)).float().mean() > 0.6
+    assert clip_score(image, text) > clip_score(image, text.roll(1, dims=0)) + 20
+    for key, p in minildm.load(name).text.state_dict().items():
+        assert torch.equal(p, clip.text.state_dict()[key])
+    with pytest.raises(FileNotFoundError, match="'shapes33' is shipped; there are shapes32"):
+        load_clip("shapes33")
 
 
 def test_all_that_is_shipped_stays_small():
@@ -63,6 +79,7 @@ def test_one_command_makes_it_anew(tmp_path, monkeypatch, capsys):
     rounded, trained = minildm.load(made).to(torch.float32), minildm.load(tmp_path / "model")
     for name, p in trained.unet.state_dict().items():
         assert torch.equal(rounded.unet.state_dict()[name], p.half().float())
+    assert {p.name for p in made.iterdir()} == {p.name for p in (WEIGHTS / "shapes32").iterdir()}
 
 
 def test_the_command_line_knows_them_all():

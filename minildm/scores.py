@@ -123,7 +123,7 @@ def extract(images: Tensor | Iterable[Tensor], extractor: Extractor, batch_size:
 
 
 def fid(real: Tensor | Iterable[Tensor], fake: Tensor | Iterable[Tensor], extractor: Extractor, batch_size: int = 64) -> float:
-    """`frechet_distance` from pictures; it is the published FID if the extractor is (see `metrics.load_inception`).
+    """`frechet_distance` from pictures; it is the published FID if the extractor is (see `inception.load_inception`).
 
     Args:
         real, fake: pictures (N, 3, H, W) in the range that the extractor reads, or batches of them.

@@ -1,4 +1,4 @@
-"""The command line: `python -m minildm demo | train | sample | judge | doctor`."""
+"""The command line: `python -m minildm demo | train | sample | ship | judge | doctor`."""
 
 import argparse
 import dataclasses

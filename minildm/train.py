@@ -6,7 +6,7 @@ by (seed, n).  A run therefore has no hidden state: stopped and resumed, it ends
 
 import json
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from minildm.checkpoint import resume, save_checkpoint
 from minildm.clip import CLIP, TextEncoder, contrastive_loss
+from minildm.flow import FlowPath
 from minildm.schedule import NoiseSchedule
 from minildm.unet import UNet
 from minildm.vae import AutoencoderKL, vae_loss
@@ -221,10 +222,42 @@ def cache_latents(
     return Latents(mean, std, captions, 1 / spread)
 
 
+def diffusion_loss(
+    unet: nn.Module,
+    schedule: NoiseSchedule | FlowPath,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    condition: Mapping[str, Tensor],
+    prediction_type: str = "v_prediction",
+    min_snr_gamma: float | None = None,
+) -> Tensor:
+    """What every diffusion model here is trained on: the squared error of each sample's prediction, (B,) float32.
+
+    Args:
+        unet: called as unet(x, t, **condition); where its input goes, everything goes.
+        schedule: how much noise there is at each time.
+        x0: clean scaled latents, (B, C, h, w), on the CPU.
+        noise: standard normal, like x0.
+        t: timesteps, (B,), on the CPU.
+        condition: what the model is told, on its device: {"context": (B, L, D)} and, if it wants it, {"pooled": (B, D)}.
+        prediction_type: "epsilon", "v_prediction" or "sample"; "flow" for a FlowPath.
+        min_snr_gamma: where the weight of clean timesteps is cut off, 5 say; None weighs all alike.  Hang et al. 2023.
+    """
+    device = condition["context"].device
+    noisy = schedule.add_noise(x0, noise, t).to(device, memory_format=torch.channels_last)
+    pred = unet(noisy, t.to(device), **condition)
+    target = schedule.target(x0, noise, t, prediction_type).to(device)
+    error = F.mse_loss(pred.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+    if min_snr_gamma is not None:
+        error = error * schedule.min_snr_weight(t, prediction_type, min_snr_gamma).to(error)
+    return error
+
+
 def train_diffusion(
     unet: UNet,
     text: TextEncoder,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | FlowPath,
     latents: Latents,
     ids: Tensor,
     empty: Tensor,
@@ -238,7 +271,7 @@ def train_diffusion(
     """Second stage: teaches a U-Net to denoise latents, while a finished text encoder tells it what they show.
 
     Args:
-        unet: changed in place.
+        unet: changed in place; of its weights those that want a gradient are trained.  Or a DiT.
         text: only listened to.
         schedule: how much noise there is at each timestep.
         latents: encoded pictures, N of them.
@@ -246,10 +279,8 @@ def train_diffusion(
         empty: the empty caption, tokenised, (1, L).
         cfg: how long and how boldly.
         folder: for checkpoints, or None.
-        prediction_type: "epsilon", "v_prediction" or "sample".
+        prediction_type, min_snr_gamma: as in `diffusion_loss`.
         dropout: share of the captions replaced by the empty one, in [0, 1]: what guidance needs.  Ho & Salimans 2022.
-        min_snr_gamma: where the loss weight of clean timesteps is cut off, 5 say; None weighs all alike.
-            Hang et al. 2023.
     """
     device = next(unet.parameters()).device
     text.eval()
@@ -259,18 +290,14 @@ def train_diffusion(
         picks = torch.randint(len(latents.captions), (cfg.batch_size,), generator=generator)
         x0 = latents.sample(picks, generator)
         noise = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(schedule.T, (cfg.batch_size,), generator=generator)
+        t = schedule.draw(cfg.batch_size, generator) if isinstance(schedule, FlowPath) else torch.randint(
+            schedule.T, (cfg.batch_size,), generator=generator
+        )  # fmt: skip
         silent = torch.rand(cfg.batch_size, generator=generator) < dropout
         words = torch.where(silent[:, None], empty, ids[picks]).to(device)
-
-        noisy = schedule.add_noise(x0, noise, t).to(device, memory_format=torch.channels_last)
         with torch.no_grad():
             hidden, pooled = text(words)
-        pred = unet(noisy, t.to(device), hidden, pooled if unet.cfg.pooled_dim else None)
-        target = schedule.target(x0, noise, t, prediction_type).to(device)
-        error = F.mse_loss(pred.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
-        if min_snr_gamma is not None:
-            error = error * schedule.min_snr_weight(t, prediction_type, min_snr_gamma).to(error)
-        return error.mean(), {}
+        condition = {"context": hidden} | ({"pooled": pooled} if unet.cfg.pooled_dim else {})
+        return diffusion_loss(unet, schedule, x0, noise, t, condition, prediction_type, min_snr_gamma).mean(), {}
 
     yield from fit(unet.to(memory_format=torch.channels_last), loss_at, cfg, folder)

@@ -39,7 +39,7 @@ TAUGHT = set().union(*(TIERS[tier] for tier in (0, 1, 2)))
 BUILT_IN = {  # the chapter that completes each module; it shows every public definition of it, or a chapter before does
     "vae": "02", "perceptual": "03", "gan": "03", "vq": "04", "schedule": "06", "blocks": "07", "unet": "07", "attention": "08",
     "bpe": "09", "tokenizer": "09", "clip": "09", "samplers": "11", "guidance": "12", "metrics": "13", "scores": "13",
-    "sdxl": "14",
+    "sdxl": "14", "controlnet": "15", "lora": "16", "editing": "17", "dit": "18", "flow": "18",
 }  # fmt: skip
 # Used, not taught.
 TOOLS = {"files", "inception", "shapes", "plot", "checkpoint", "folder", "machine", "data", "tiling", "layouts", "tensors"}

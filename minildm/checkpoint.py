@@ -67,9 +67,13 @@ def save_checkpoint(
 def resume(folder: Path, settings: dict, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Takes up the newest whole checkpoint in a folder and returns its step; 0 if there is none.
 
+    What a killed run left half written there is cleared away: a folder of checkpoints has one writer.
+
     Raises:
         ValueError: the checkpoint is of another model, or of a run with other settings.
     """
+    for half in [*folder.glob(".*-step-*"), *folder.glob(".tmp*")]:  # ours, and what safetensors writes beside that
+        half.unlink(missing_ok=True)
     for note in sorted(folder.glob("step-*.json"), reverse=True):
         path = note.with_suffix(".safetensors")
         try:

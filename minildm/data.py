@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from minildm.folder import ImageFolder, Pictures, check_size, to_pixels
 from minildm.shapes import Shapes
+from minildm.shards import Shards
 
 EMOJI_FONTS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
@@ -173,12 +174,12 @@ def torchvision_set(
         raise FileNotFoundError(f"{name} is missing or damaged under {root} ({reason}); {remedy}") from error
 
 
-def open_dataset(name_or_dir: str | Path, size: int) -> Pictures | Shapes:
+def open_dataset(name_or_dir: str | Path, size: int) -> Pictures | Shapes | Shards:
     """A dataset by its name, or the folder at that path; nothing is downloaded.
 
     Args:
-        name_or_dir: "shapes", "emoji", "mnist", "fashion-mnist", "cifar10", or a folder with a metadata.jsonl; a folder that
-            is called like a dataset is reached as "./emoji".
+        name_or_dir: "shapes", "emoji", "mnist", "fashion-mnist", "cifar10", or a folder with a metadata.jsonl, or with .tar
+            files; a folder that is called like a dataset is reached as "./emoji".
         size: side of the pictures in pixels.
 
     Raises:
@@ -191,8 +192,9 @@ def open_dataset(name_or_dir: str | Path, size: int) -> Pictures | Shapes:
         return Emoji(size=size)
     if name_or_dir in _TORCHVISION:
         return torchvision_set(name_or_dir, size=size)
-    if Path(name_or_dir).expanduser().is_dir():
-        return ImageFolder(name_or_dir, size=size)
+    if (folder := Path(name_or_dir).expanduser()).is_dir():
+        packed = any(folder.glob("*.tar")) and not (folder / "metadata.jsonl").exists()
+        return Shards(folder, size=size) if packed else ImageFolder(folder, size=size)
     names = ", ".join(["shapes", "emoji", *_TORCHVISION])
     raise ValueError(
         f"no dataset and no folder is called {str(name_or_dir)!r}; there are {names}, or give a folder of pictures"

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -87,9 +88,9 @@ class ImageFolder(Pictures):
             try:
                 file_name, text = _parse_row(line)
                 where = f"line {number}: {file_name}"
-                pixels.append(to_pixels(_load_picture(_resolve_inside(root, file_name)), size))
+                pixels.append(to_pixels(load_picture(_resolve_inside(root, file_name)), size))
                 captions.append(text)
-            except _BadRow as problem:
+            except BadRow as problem:
                 self.problems.append(f"{where}: {problem}")
         if not captions:
             shown = "; ".join(self.problems[:3]) or "metadata.jsonl is empty"
@@ -100,8 +101,8 @@ class ImageFolder(Pictures):
         super().__init__(name=root.name, pixels=torch.stack(pixels), captions=captions)
 
 
-class _BadRow(Exception):
-    """Why one line of metadata.jsonl cannot be used."""
+class BadRow(Exception):
+    """Why one picture, or one line of metadata.jsonl, cannot be used."""
 
 
 def _read_metadata(root: Path) -> list[tuple[int, bytes]]:
@@ -126,12 +127,12 @@ def _json_or_none(line: bytes) -> object:
 def _parse_row(line: bytes) -> tuple[str, str]:
     row = _json_or_none(line)
     if not isinstance(row, dict):
-        raise _BadRow("is not a JSON object")
+        raise BadRow("is not a JSON object")
     for key in ("file_name", "text"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise _BadRow(f'has no "{key}"')
+            raise BadRow(f'has no "{key}"')
         if re.search("[\ud800-\udfff]", row[key]):
-            raise _BadRow(f'has half a surrogate pair in "{key}"')
+            raise BadRow(f'has half a surrogate pair in "{key}"')
     return row["file_name"], row["text"].strip()
 
 
@@ -140,30 +141,34 @@ def _resolve_inside(root: Path, file_name: str) -> Path:
         path = (root / file_name).resolve()
         inside, exists = path.is_relative_to(root), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, links in a circle
-        raise _BadRow(f"is no usable path ({error})") from None
+        raise BadRow(f"is no usable path ({error})") from None
     if not inside:
-        raise _BadRow("leads outside the folder; copy the picture into it")
+        raise BadRow("leads outside the folder; copy the picture into it")
     if not exists:
-        raise _BadRow("no such file")
+        raise BadRow("no such file")
     return path
 
 
-def _load_picture(path: Path) -> Image.Image:
-    """The central square of a picture file, upright, RGB, on white."""
+def load_picture(file: Path | BinaryIO) -> Image.Image:
+    """The central square of a picture file, upright, RGB, on white.
+
+    Raises:
+        BadRow: it is no picture that can be read, or too large a one; says why.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_PICTURE_FORMATS) as file:
-                return _square_rgb(ImageOps.exif_transpose(file))
-    except _BadRow:
+            with Image.open(file, formats=_PICTURE_FORMATS) as picture:
+                return _square_rgb(ImageOps.exif_transpose(picture))
+    except BadRow:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _BadRow(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
+        raise BadRow(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except UnidentifiedImageError:
-        raise _BadRow("is no readable PNG, JPEG, WebP, GIF, BMP, TIFF or PPM picture") from None
+        raise BadRow("is no readable PNG, JPEG, WebP, GIF, BMP, TIFF or PPM picture") from None
     except Exception as error:  # a decoder that is given a broken file may raise anything
-        raise _BadRow(f"cannot be read as an image ({error})") from None
+        raise BadRow(f"cannot be read as an image ({error})") from None
 
 
 def _square_rgb(picture: Image.Image) -> Image.Image:
@@ -173,7 +178,7 @@ def _square_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):  # Pillow would clip these at 255
         values = np.asarray(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise _BadRow("has pixels of more than 16 bits; save it with 8 bits a channel")
+            raise BadRow("has pixels of more than 16 bits; save it with 8 bits a channel")
         picture = Image.fromarray((values // 257).astype(np.uint8))
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))

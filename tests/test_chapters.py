@@ -42,7 +42,9 @@ BUILT_IN = {  # the chapter that completes each module; it shows every public de
     "sdxl": "14", "controlnet": "15", "lora": "16", "editing": "17", "dit": "18", "flow": "18",
 }  # fmt: skip
 # Used, not taught.
-TOOLS = {"files", "inception", "shapes", "plot", "checkpoint", "folder", "machine", "data", "tiling", "layouts", "tensors"}
+TOOLS = {
+    "files", "inception", "shapes", "shards", "plot", "checkpoint", "folder", "machine", "data", "tiling", "layouts", "tensors",
+}  # fmt: skip
 NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in CHAPTERS}
 
 

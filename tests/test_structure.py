@@ -8,6 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from dependencies import HERE as DEPENDENCIES
+from dependencies import pinned
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minildm"
@@ -35,7 +37,7 @@ TIERS = {
         "unet",
         "clip",
         "samplers",
-        "data",
+        "shards",
         "perceptual",
         "inception",
         "tiling",
@@ -43,9 +45,10 @@ TIERS = {
         "dit",
         "editing",
     },
-    2: {"sdxl", "tensors", "vq", "metrics", "controlnet"},
+    2: {"data", "sdxl", "tensors", "vq", "metrics", "controlnet"},
     3: {
         "distributed",
+        "latents",
         "train",
         "recipes",
         "shipped",
@@ -55,7 +58,9 @@ TIERS = {
         "convert",
         "compvis",
         "adapters",
+        "lora_files",
         "store",
+        "report",
         "pipeline",
         "__main__",
         "__init__",
@@ -64,6 +69,7 @@ TIERS = {
 # Within tier 3 a file may import the ones before it.
 TOP = [
     "distributed",
+    "latents",
     "train",
     "recipes",
     "shipped",
@@ -73,7 +79,9 @@ TOP = [
     "convert",
     "compvis",
     "adapters",
+    "lora_files",
     "store",
+    "report",
     "pipeline",
     "__init__",
     "__main__",
@@ -167,6 +175,15 @@ def test_constraints_pin_every_dependency():
         if "==" in line
     }
     assert {n.split(">=")[0].lower().replace("_", "-") for n in named} <= pinned
+
+
+def test_lock_and_licences_are_of_the_tested_set():
+    tested = pinned()
+    locked = re.findall(r"^(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (DEPENDENCIES / "lock.txt").read_text(), re.MULTILINE)
+    assert dict(locked).items() <= tested.items()
+    assert len(locked) > 100
+    listed = re.findall(r"^\| (\S+) \| (\S+) \| \S", (DEPENDENCIES / "licences.md").read_text(), re.MULTILINE)
+    assert {name: version for name, version in listed if name not in ("package", "---")} == tested
 
 
 def test_conda_has_no_second_list_of_dependencies():

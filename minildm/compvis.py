@@ -45,16 +45,16 @@ def read_compvis(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Parts:
-    """Reads a single file: Stable Diffusion 1 or 2, SDXL base or refiner.
+    """Reads a single file: Stable Diffusion 1 or 2, either's model for inpainting, SDXL base or refiner.
 
     Args:
         path: a `.safetensors`, or a pickle with nothing but data in it.
         vocabulary: CLIP's, which such a file does not hold, in any form that `Tokenizer.clip` reads; if None, it is looked for
             beside the file and in an installed open_clip_torch.
         prediction_type: what the U-Net predicts, which no shape tells.  If None, the reference's rule: "epsilon", but
-            "v_prediction" for Stable Diffusion 2, unless the file says that it stopped at step 875,000, as 2.0-base does.
-            2.1-base breaks that rule: give "epsilon" for it.  A tensor named v_pred, a custom of SDXL files, also means
-            "v_prediction", and ztsnr a last timestep of pure noise.
+            "v_prediction" for Stable Diffusion 2, unless it inpaints, or the file says that it stopped at step 875,000, as
+            2.0-base does.  2.1-base breaks that rule: give "epsilon" for it.  A tensor named v_pred, a custom of SDXL files,
+            also means "v_prediction", and ztsnr a last timestep of pure noise.
         device, dtype: as for `read_diffusers`.
 
     Raises:
@@ -83,7 +83,7 @@ def read_compvis(
         texts = {name: infer_text(stored[name], preset) for name, _, preset, _ in sorted(kinds.values(), key=lambda k: k[0])}
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path} is damaged or no Stable Diffusion: it has no usable {error}; fetch it again") from error
-    two = "cond_stage_model.model." in kinds
+    two, inpaints = "cond_stage_model.model." in kinds, unet.in_channels > unet.out_channels
     if two:  # the reference listens one layer early, and to the whole text's vector not at all
         unheard = (f"transformer.resblocks.{texts[TEXTS[0]].layers}.", "text_projection")
         stored[TEXTS[0]] = {name: tensor for name, tensor in stored[TEXTS[0]].items() if not name.startswith(unheard)}
@@ -96,10 +96,10 @@ def read_compvis(
     tokenizers = [
         Tokenizer.clip(vocabulary, context_length=cfg.context_length, pad_id=paddings[name]) for name, cfg in texts.items()
     ]
-    velocity = "v_pred" in flags or (two and notes.get("global_step") != 875_000)
+    velocity = "v_pred" in flags or (two and not inpaints and notes.get("global_step") != 875_000)
     if prediction_type is None:
         prediction_type = "v_prediction" if velocity else "epsilon"
-        if two and not flags:
+        if two and not (flags or inpaints):
             warnings.warn(
                 f"{path} is a Stable Diffusion 2 in a single file, which does not say what it predicts; taken to be "
                 f'{prediction_type}: if the pictures are noise, give the other, "epsilon" or "v_prediction"',

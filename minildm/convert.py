@@ -37,7 +37,8 @@ from minildm.tokenizer import Tokenizer
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 
-SD, SDXL, REFINER = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
+SD, INPAINT = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
+SDXL, REFINER = "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
 TEXTS = ("text_encoder", "text_encoder_2")  # one or both
 TABLES = {
     "unet": DIFFUSERS_UNET, "vae": DIFFUSERS_VAE, **dict.fromkeys(TEXTS, TRANSFORMERS_TEXT),
@@ -70,7 +71,9 @@ class Configs(NamedTuple):
 
 
 def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Parts:
-    """Reads a folder in the diffusers layout: Stable Diffusion 1 and 2, SDXL base and refiner, or what `write_diffusers` wrote.
+    """Reads a folder in the diffusers layout.
+
+    That is Stable Diffusion 1 and 2, the models of either that inpaint, SDXL base and refiner, or what `write_diffusers` wrote.
 
     Args:
         folder: it holds model_index.json.
@@ -83,8 +86,9 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
     """
     index = _read_json(folder / "model_index.json")
     kind = index.get("_class_name")
-    if kind not in (SD, SDXL, REFINER):
-        raise ValueError(f"{folder} holds a {kind}; minildm reads {SD}, {SDXL} and {REFINER}")
+    if kind not in (SD, INPAINT, SDXL, REFINER):
+        raise ValueError(f"{folder} holds a {kind}; minildm reads {SD}, {INPAINT}, {SDXL} and {REFINER}")
+    xl = kind in (SDXL, REFINER)
     texts = [name for name in TEXTS if any(index.get(name) or [])]
     fields = {part: _read_json(folder / part / "config.json") for part in ("unet", "vae", *texts)}
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
@@ -92,9 +96,9 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
         shapes = Configs(
             read_unet(fields["unet"]),
             read_vae(fields["vae"]),
-            {name: read_text(fields[name], early=kind != SD) for name in texts},
+            {name: read_text(fields[name], early=xl) for name in texts},
         )
-        schedule, prediction_type, spacing = read_schedule(scheduler, sdxl=kind != SD)
+        schedule, prediction_type, spacing = read_schedule(scheduler, sdxl=xl)
         sample_size = Settings("unet", fields["unet"]).get("sample_size") or 64
         image_size = int(sample_size) * shapes.vae.downsampling
     except (KeyError, TypeError, AttributeError) as error:
@@ -102,7 +106,7 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
     stored = {part: unify(part, _open_folder(folder / part)) for part in fields}
     unet, vae, text = assemble(folder, shapes, stored, TABLES, device, dtype)
     tokenizers = [Tokenizer.load(folder / name.replace("text_encoder", "tokenizer")) for name in texts]
-    zero_negative = kind != SD and index.get("force_zeros_for_empty_prompt", True)
+    zero_negative = xl and index.get("force_zeros_for_empty_prompt", True)
     return Parts(
         unet, vae, text, join(tokenizers, shapes), schedule, prediction_type, spacing, image_size, zero_negative
     )  # fmt: skip
@@ -126,17 +130,19 @@ def assemble(
         device, dtype: as for `read_diffusers`.
 
     Raises:
-        ValueError: the weights do not fit; or the U-Net wants more than latents.
+        ValueError: the weights do not fit; or the U-Net wants something else beside the latents than SDXL's sizes, or for
+            Stable Diffusion 1 and 2 a mask and a masked picture.
     """
     if not shapes.texts:
         raise ValueError(f"{origin} has no text encoder; expected {' or '.join(TEXTS)}")
-    if shapes.unet.in_channels != shapes.vae.latent_channels:
+    latent_channels, xl = shapes.vae.latent_channels, shapes.unet.pooled_dim is not None
+    if shapes.unet.in_channels not in (latent_channels, 2 * latent_channels + 1)[: 1 if xl else 2]:
         raise ValueError(
-            f"unet: in_channels is {shapes.unet.in_channels}, but the latents have {shapes.vae.latent_channels}: {origin} "
-            "wants a mask or a picture beside the caption; use a text-to-image model"
+            f"unet: in_channels is {shapes.unet.in_channels}, but the latents have {latent_channels}: {origin} wants another "
+            "picture beside the caption; use a text-to-image model, or Stable Diffusion 1 or 2 for inpainting, with 9"
         )
     heard = sum(cfg.width for cfg in shapes.texts.values())
-    if shapes.unet.out_channels != shapes.unet.in_channels or shapes.unet.context_dim != heard:
+    if shapes.unet.out_channels != latent_channels or shapes.unet.context_dim != heard:
         raise ValueError(
             f"unet: {shapes.unet.in_channels} channels in and {shapes.unet.out_channels} out, and a context of "
             f"{shapes.unet.context_dim} features beside text encoders of {heard}: minildm cannot draw with {origin}"
@@ -157,7 +163,7 @@ def assemble(
         dtype = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float16
     for part, network in networks.items():
         # SDXL's autoencoder overflows in float16; the reference widens it, too
-        overflows = part == "vae" and shapes.unet.pooled_dim and dtype == torch.float16
+        overflows = part == "vae" and xl and dtype == torch.float16
         fill(fittings[part], device, torch.float32 if overflows else dtype)
         network.eval()
     return unet, vae, text.eval()
@@ -228,13 +234,15 @@ def write_diffusers(folder: Path, parts: Parts) -> None:
         "vae": write_vae(parts.vae.cfg, parts.image_size),
     }
     for name, t in tokenizers.items():
-        fields[name] = write_text(networks[name].cfg, kind != SD, t.start_id, t.pad_id)
+        fields[name] = write_text(networks[name].cfg, kind in (SDXL, REFINER), t.start_id, t.pad_id)
         if name == TEXTS[1] and networks[name].cfg.projection_dim is None:
             raise lacks("text.projection_dim", None, "its SDXL takes the pooled vector from a projection")
 
     index = {"_class_name": kind, "feature_extractor": [None, None], "image_encoder": [None, None]}
     index |= {"scheduler": ["diffusers", "DDIMScheduler"]}
-    if kind == SD:
+    if kind == INPAINT:
+        index |= {"_diffusers_version": "0.42.1"}  # which the reference insists on, for this pipeline alone
+    if kind in (SD, INPAINT):
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     else:
         index |= {"force_zeros_for_empty_prompt": parts.zero_negative, "text_encoder": [None, None], "tokenizer": [None, None]}
@@ -264,7 +272,8 @@ def _kind(parts: Parts) -> str:
     """Which of the reference's pipelines draws with this model: what is added to the time embedding decides."""
     pooled = parts.unet.cfg.pooled_dim
     beside_text = pooled and pooled - parts.text.cfg.pooled_dim
-    kind = {None: SD, 6 * SIZE_FEATURES: SDXL, 5 * SIZE_FEATURES: REFINER}.get(beside_text)
+    plain = SD if parts.unet.cfg.in_channels == parts.vae.cfg.latent_channels else INPAINT
+    kind = {None: plain, 6 * SIZE_FEATURES: SDXL, 5 * SIZE_FEATURES: REFINER}.get(beside_text)
     if kind is None or (kind == SDXL) != isinstance(parts.text, SDXLText):
         raise lacks("unet.pooled_dim", pooled, "it adds a text's pooled vector to the time only together with SDXL's sizes")
     return kind

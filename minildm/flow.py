@@ -58,7 +58,7 @@ class FlowPath:
             t: times, (B,) or one for all, in [0, 1000].
 
         Raises:
-            ValueError: t is outside [0, 1000], or noise and x0 differ in shape.
+            ValueError: t is outside [0, 1000] or not one for each sample, or noise and x0 differ in shape; says which.
         """
         s = self._share(x0, noise, t)
         return (1 - s) * x0 + s * noise
@@ -79,15 +79,17 @@ class FlowPath:
         return x - self._share(x, pred, t) * pred
 
     def _shifted(self, s: Tensor | float) -> Tensor | float:
-        return self.shift * s / (1 + (self.shift - 1) * s)
+        return self.shift * s / (self.shift * s + (1 - s))  # equation 23, written so that 1 stays 1 to the bit
 
     def _share(self, x: Tensor, other: Tensor, t: Tensor | float) -> Tensor:
         """The share of noise at time t, ready to multiply x."""
         if x.shape != other.shape:
             raise ValueError(f"the two tensors must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
         s = torch.as_tensor(t, dtype=torch.float64) / 1000
+        if s.ndim and s.shape != x.shape[:1]:
+            raise ValueError(f"t must be one number or one for each of the {len(x)} samples, got shape {tuple(s.shape)}")
         if s.numel() and not (s.min() >= 0 and s.max() <= 1):
-            raise ValueError(f"t must lie in [0, 1000], got values from {1000 * s.min().item()} to {1000 * s.max().item()}")
+            raise ValueError(f"t must lie in [0, 1000], got values from {1000 * s.min():g} to {1000 * s.max():g}")
         return s.view(-1, *[1] * (x.ndim - 1)).to(x)  # (B,) -> (B, 1, 1, 1)
 
 
@@ -123,6 +125,7 @@ def flow_euler(
             raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {tuple(speed.shape)}")
         if not speed.isfinite().all():
             raise FloatingPointError(f"the model's output holds NaN or Inf at step {i}, time {t:.0f}; check its weights")
+        speed = speed.to(x.dtype)
         x0 = path.to_x0(speed, x, t)
         x = x + (t_next - t) / 1000 * speed
         if callback:

@@ -40,6 +40,15 @@ DIFFUSERS_UNET: Table = [
     *DIFFUSERS,
 ]
 
+DIFFUSERS_CONTROLNET: Table = [
+    (r"^hint\.convs\.0\.", "controlnet_cond_embedding.conv_in."),
+    (r"^hint\.convs\.(\d+)\.", lambda n: f"controlnet_cond_embedding.blocks.{n - 1}."),
+    (r"^hint\.out\.", "controlnet_cond_embedding.conv_out."),
+    (r"^zeros\.", "controlnet_down_blocks."),
+    (r"^zero_mid\.", "controlnet_mid_block."),
+    *DIFFUSERS_UNET,
+]
+
 DIFFUSERS_VAE: Table = [
     (r"\bmid\.attn\.norm\.", "mid.attn.group_norm."),
     (r"\bmid\.attn\.attn\.", "mid.attn."),
@@ -100,6 +109,22 @@ def compvis_unet(depths: tuple[int, ...], blocks: int = 2) -> Table:
         (r"^up\.(\d+)\.resample\.", lambda i: f"output_blocks.{row * i + blocks}.{after[i]}."),
         (r"^norm_out\.", "out.0."),
         (r"^conv_out\.", "out.2."),
+    ]
+
+
+def compvis_controlnet(depths: tuple[int, ...], blocks: int, hint_convs: int) -> Table:
+    """CompVis's names for a ControlNet, without their prefix control_model.
+
+    Args:
+        depths, blocks: as for `compvis_unet`.
+        hint_convs: convolutions of the hint encoder before its last one; activations are numbered, too.
+    """
+    return [
+        (r"^hint\.convs\.(\d+)\.", lambda n: f"input_hint_block.{2 * n}."),
+        (r"^hint\.out\.", f"input_hint_block.{2 * hint_convs}."),
+        (r"^zeros\.(\d+)\.", r"zero_convs.\1.0."),
+        (r"^zero_mid\.", "middle_block_out.0."),
+        *compvis_unet(depths, blocks),
     ]
 
 

@@ -29,6 +29,7 @@ def ddim(
     spacing: str = "leading",
     generator: Generators = None,
     callback: Callback | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """Sample by jumping from one noise level to a much lower one along the predicted x0.  Song et al. 2021a, eqs. 12 and 16.
 
@@ -43,6 +44,8 @@ def ddim(
         generator: source of the fresh noise; a list of B gives each sample its own, so that no image depends on its batch.
         callback: called after each step as callback(i, t, x, x0): the step, counted from 0; the timestep that the model was
             asked about; the latents now, at the scale that the model is shown; the clean latents as the model sees them.
+        skip: how many of the noisiest timesteps to leave out, in [0, steps).  If any, x is not noise but latents noised to the
+            first timestep that is visited: schedule.add_noise(latents, noise, timesteps_of(sampler, ...)[0]).
 
     Returns:
         Clean latents, (B, C, H, W), in x's dtype and on its device.
@@ -54,7 +57,7 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}; 0 is deterministic, 1 as noisy as ddpm")
-    timesteps = _plan(schedule, steps, spacing, prediction_type)
+    timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     for i, (t, t_next) in enumerate(pairwise([*timesteps, 0])):
         a, a_next = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_next].item()
         prediction = _predict(model, x, t, i)
@@ -116,6 +119,7 @@ def ddpm(
     spacing: str = "leading",
     generator: Generators = None,
     callback: Callback | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """Sample by drawing each less noisy x from its posterior given the predicted x0.  Ho et al. 2020, eqs. 6 and 7.
 
@@ -123,7 +127,7 @@ def ddpm(
 
     Args and Raises: as ddim.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type)
+    timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     levels = [*schedule.alpha_bar[timesteps].tolist(), 1.0]
     for i, (t, a, a_next) in enumerate(zip(timesteps, levels[:-1], levels[1:], strict=True)):
         x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
@@ -148,6 +152,7 @@ def euler(
     spacing: str = "leading",
     generator: Generators = None,
     callback: Callback | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """Sample by following the slope, dx / dsigma = epsilon, in straight lines to sigma = 0.  Karras et al. 2022, section 3.
 
@@ -155,9 +160,9 @@ def euler(
 
     Args and Raises: as ddim; generator is there for the common signature, nothing is drawn from it.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type)
+    timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    x = x * _start_scale(sigmas[0], spacing)
+    x = x * _start_scale(sigmas[0], spacing, skip)
     for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
         x_in = x / (sigma**2 + 1) ** 0.5
         prediction = _predict(model, x_in, t, i)
@@ -179,6 +184,7 @@ def heun(
     spacing: str = "leading",
     generator: Generators = None,
     callback: Callback | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """Sample as euler does, but along the mean of the slopes at both ends of a step.  Karras et al. 2022, algorithm 1.
 
@@ -186,9 +192,9 @@ def heun(
 
     Args and Raises: as euler.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type)
+    timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    x = x * _start_scale(sigmas[0], spacing)
+    x = x * _start_scale(sigmas[0], spacing, skip)
     for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
         x_in = x / (sigma**2 + 1) ** 0.5
         prediction = _predict(model, x_in, t, i)
@@ -215,6 +221,7 @@ def dpmpp_2m(
     spacing: str = "leading",
     generator: Generators = None,
     callback: Callback | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """Sample by extrapolating the last two predictions of x0, second order for one call a step.  Lu et al. 2022b, algorithm 2.
 
@@ -223,16 +230,15 @@ def dpmpp_2m(
 
     Args and Raises: as euler.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type)
-    if spacing != "trailing" and steps < schedule.T:
-        timesteps = schedule.timesteps(steps + 1, spacing)[:-1]  # as the reference: one more, and the cleanest left out
+    _plan(schedule, steps, spacing, prediction_type, skip)  # for its checks
+    timesteps = timesteps_of(dpmpp_2m, schedule, steps, spacing, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
     alphas = [(sigma**2 + 1) ** -0.5 for sigma in sigmas]
     x0_before = None
     for i, t in enumerate(timesteps):
         x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
         ratio = sigmas[i + 1] / sigmas[i]  # exp(-h)
-        if 0 < i < steps - 1:
+        if 0 < i < len(timesteps) - 1:
             r = log(sigmas[i - 1] / sigmas[i]) / -log(ratio)  # the last stride in units of this one
             target = x0 + (x0 - x0_before) / (2 * r)
         else:
@@ -244,13 +250,27 @@ def dpmpp_2m(
     return x
 
 
+def timesteps_of(sampler: Callable, schedule: NoiseSchedule, steps: int, spacing: str = "leading", skip: int = 0) -> list[int]:
+    """The timesteps that a sampler asks the model about, noisiest first.
+
+    Args:
+        sampler: ddim, ddpm, euler, heun or dpmpp_2m, which visits others than the rest where the spacing is not "trailing".
+        schedule, steps, spacing, skip: what the sampler is given; errors as there.
+    """
+    if sampler is dpmpp_2m and spacing != "trailing" and steps < schedule.T:
+        return schedule.timesteps(steps + 1, spacing)[skip:-1]  # as the reference: one more, and the cleanest left out
+    return schedule.timesteps(steps, spacing)[skip:]
+
+
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
-def _plan(schedule: NoiseSchedule, steps: int, spacing: str, prediction_type: str) -> list[int]:
+def _plan(schedule: NoiseSchedule, steps: int, spacing: str, prediction_type: str, skip: int = 0) -> list[int]:
     """The timesteps to visit, noisiest first, after checking that the model's kind of prediction means something at each."""
     check_prediction_type(prediction_type)
-    timesteps = schedule.timesteps(steps, spacing)
+    timesteps = schedule.timesteps(steps, spacing)[skip:]
+    if not 0 <= skip < steps:
+        raise ValueError(f"skip must lie in [0, {steps}), got {skip}: at least one of the {steps} timesteps is to be visited")
     if prediction_type == "epsilon" and schedule.alpha_bar[timesteps[0]] == 0:
         raise ValueError(
             f'timestep {timesteps[0]} is pure noise (zero terminal SNR), of which an "epsilon" model can say nothing; '
@@ -290,6 +310,9 @@ def _sigma_space(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[NoiseSc
     return schedule, [*(1 / schedule.snr(torch.tensor(timesteps))).sqrt().tolist(), 0.0]
 
 
-def _start_scale(sigma: float, spacing: str) -> float:
-    """What unit noise is multiplied by: "leading" then shows the model unit variance, as ddim does; the others noise alone."""
-    return (sigma**2 + 1) ** 0.5 if spacing == "leading" else sigma
+def _start_scale(sigma: float, spacing: str, skip: int = 0) -> float:
+    """What x is multiplied by at the start: unit noise by sigma; by sqrt(sigma^2 + 1) where it stands for noised latents.
+
+    It does so after a skip, and in "leading", which starts where some picture should be left: ddim takes it for that, too.
+    """
+    return (sigma**2 + 1) ** 0.5 if skip or spacing == "leading" else sigma

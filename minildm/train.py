@@ -4,6 +4,7 @@
 by (seed, n).  A run therefore has no hidden state: stopped and resumed, it ends where it would have ended, on a CPU to the bit.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -18,7 +19,9 @@ from tqdm.auto import tqdm
 
 from minildm.checkpoint import resume, save_checkpoint
 from minildm.clip import CLIP, TextEncoder, contrastive_loss
+from minildm.distributed import World, apart, bare, clip, parallel, whole_is_welcome, whole_run
 from minildm.flow import FlowPath
+from minildm.latents import Latents
 from minildm.schedule import NoiseSchedule
 from minildm.unet import UNet
 from minildm.vae import AutoencoderKL, vae_loss
@@ -50,6 +53,7 @@ class Fit:
     ema: float = 0.999  # decay of the averaged weights; 0 keeps none
     seed: int = 0
     save_every: int = 500  # steps between checkpoints, where a folder is given
+    accumulate: int = 1  # equal parts of a batch that go through the model one after the other
 
 
 @dataclass(frozen=True)
@@ -74,36 +78,55 @@ def learning_rate(step: int, cfg: Fit) -> float:
 
 
 def fit(
-    model: nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str, Tensor]]], cfg: Fit, folder: Path | None = None
+    model: nn.Module,
+    loss_at: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    cfg: Fit,
+    folder: Path | None = None,
+    world: World | None = None,
 ) -> Iterator[Progress]:
     """Trains a model, one yield a step; at the end the model holds the averaged weights.
 
     Args:
-        model: whatever `loss_at` computes with; changed in place.
-        loss_at: from a step's number, counted from 0, to its loss (a scalar) and named parts of it for display.
+        model: whatever `loss_at` computes with; changed in place.  One from `parallel` where there are several processes.
+        loss_at: from a step's number, counted from 0, to its loss (a scalar) and named parts of it for display.  Where steps
+            are taken in parts, it is asked for `loss_at(step, share)`: the mean loss over `share.share(batch)` alone.
         cfg: how long and how boldly.
-        folder: where checkpoints go and where an earlier run of the same settings is taken up again; None for neither.
+        folder: where checkpoints go and where an earlier run of the same settings is taken up again; None for neither.  All
+            processes must see it, and the first of them writes.
+        world: the processes that train this model together, as `join` returns it; None for one alone.
 
     Raises:
         FloatingPointError: the loss or its gradient is not a number any more; says at which step, and what to do.
-        ValueError: the folder holds a run of another model or with other settings.
+        ValueError: the folder holds a run of another model or with other settings, or `loss_at` knows no shares.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    world = world or World()
+    shares = [world.part(k, cfg.accumulate) for k in range(cfg.accumulate)]
+    alone = shares == [World(device=world.device)]
+    if not alone and len(inspect.signature(loss_at).parameters) < 2:
+        raise ValueError(f"this training cannot cut a batch: it takes 1 process, 1 part, not {world.size} and {cfg.accumulate}")
+    parameters = {name: p for name, p in bare(model).named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     settings = json.loads(json.dumps(asdict(cfg)))  # as a checkpoint will give them back
-    start = resume(folder, settings, model, average, optimizer) if folder else 0
+    del settings["accumulate"]  # in how many parts, and by how many processes, is no setting of a run: it may change midway
+    with whole_is_welcome(world):
+        start = resume(folder, settings, bare(model), average, optimizer) if folder else 0
+    world.agree(start, "the step of the newest checkpoint")
     device = next(iter(parameters.values())).device
     model.train()
     for step in range(start, cfg.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss, parts = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        length = nn.utils.clip_grad_norm_(parameters.values(), cfg.max_norm).item()
-        value = loss.item()
+        losses = []
+        for share in shares:
+            with apart(model, share != shares[-1]):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                    loss, parts = loss_at(step) if alone else loss_at(step, share)
+                (loss / len(shares)).backward()
+            losses.append({**parts, "": loss.detach()})
+        means = {name: world.mean(sum(part[name] for part in losses) / len(losses)) for name in losses[0]}
+        value, length = means.pop(""), clip(parameters.values(), cfg.max_norm)
         if not (math.isfinite(value) and math.isfinite(length)):
             raise FloatingPointError(
                 f"the loss is {value} and its gradient {length} at step {step + 1} of {cfg.steps}, with a learning rate of "
@@ -115,8 +138,10 @@ def fit(
             average[name].lerp_(p.detach(), 1 - decay)
         done = step + 1
         if folder and (done % cfg.save_every == 0 or done == cfg.steps):
-            save_checkpoint(folder, done, settings, model, average, optimizer)
-        yield Progress(done, cfg.steps, value, {name: part.item() for name, part in parts.items()})
+            run = whole_run(bare(model), average, optimizer)
+            if world.rank == 0:
+                save_checkpoint(folder, done, settings, *run)
+        yield Progress(done, cfg.steps, value, means)
     if cfg.ema:
         with torch.no_grad():
             for name, p in parameters.items():
@@ -187,21 +212,6 @@ def train_clip(clip: CLIP, dataset: Dataset, ids: Tensor, cfg: Fit, folder: Path
     yield from fit(clip, loss_at, cfg, folder)
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Pictures encoded once and kept: the diffusion never sees a pixel."""
-
-    mean: Tensor  # (N, C, h, w)
-    std: Tensor  # (N, C, h, w)
-    captions: list[str]
-    scaling_factor: float  # 1 / standard deviation of the latents
-
-    def sample(self, picks: Tensor, generator: torch.Generator) -> Tensor:
-        """Scaled latents drawn from the encoder's distributions of these pictures, (len(picks), C, h, w)."""
-        mean, std = self.mean[picks], self.std[picks]
-        return (mean + std * torch.randn(mean.shape, generator=generator)) * self.scaling_factor
-
-
 @torch.no_grad()
 def cache_latents(
     vae: AutoencoderKL, dataset: Dataset, count: int, batch_size: int = 128
@@ -267,6 +277,8 @@ def train_diffusion(
     prediction_type: str = "v_prediction",
     dropout: float = 0.1,
     min_snr_gamma: float | None = None,
+    world: World | None = None,
+    how: str = "ddp",
 ) -> Iterator[Progress]:
     """Second stage: teaches a U-Net to denoise latents, while a finished text encoder tells it what they show.
 
@@ -281,11 +293,14 @@ def train_diffusion(
         folder: for checkpoints, or None.
         prediction_type, min_snr_gamma: as in `diffusion_loss`.
         dropout: share of the captions replaced by the empty one, in [0, 1]: what guidance needs.  Ho & Salimans 2022.
+        world, how: the processes that train together, and how: see `parallel`.  The batch is the one of all together.
     """
     device = next(unet.parameters()).device
     text.eval()
+    world = world or World()
+    model = parallel(unet.to(memory_format=torch.channels_last), world, how)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_at(step: int, share: World = world) -> tuple[Tensor, dict[str, Tensor]]:
         generator = step_generator(cfg.seed, step)
         picks = torch.randint(len(latents.captions), (cfg.batch_size,), generator=generator)
         x0 = latents.sample(picks, generator)
@@ -294,10 +309,11 @@ def train_diffusion(
             schedule.T, (cfg.batch_size,), generator=generator
         )  # fmt: skip
         silent = torch.rand(cfg.batch_size, generator=generator) < dropout
-        words = torch.where(silent[:, None], empty, ids[picks]).to(device)
+        words = torch.where(silent[:, None], empty, ids[picks])
+        x0, noise, t, words = map(share.share, (x0, noise, t, words))  # until here all processes have drawn the same
         with torch.no_grad():
-            hidden, pooled = text(words)
+            hidden, pooled = text(words.to(device))
         condition = {"context": hidden} | ({"pooled": pooled} if unet.cfg.pooled_dim else {})
-        return diffusion_loss(unet, schedule, x0, noise, t, condition, prediction_type, min_snr_gamma).mean(), {}
+        return diffusion_loss(model, schedule, x0, noise, t, condition, prediction_type, min_snr_gamma).mean(), {}
 
-    yield from fit(unet.to(memory_format=torch.channels_last), loss_at, cfg, folder)
+    yield from fit(model, loss_at, cfg, folder, world)

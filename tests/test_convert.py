@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,37 @@ def test_what_is_read_can_be_written_and_is_what_the_reference_wrote(published, 
     theirs = reference.opened(tmp_path, getattr(diffusers, index["_class_name"]))
     assert type(theirs.text_encoder_2 if "2" in str(index.get("tokenizer_2")) else theirs.unet)
     assert theirs.scheduler.config.steps_offset == 1
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21"])
+def test_a_model_that_inpaints_is_read_in_both_layouts_and_written(kind, tmp_path):
+    beside = {"unet": reference.unet(kind, in_channels=9)} | ({"scheduler": reference.pipeline(kind, tmp_path).scheduler})
+    theirs = reference.pipeline(kind, tmp_path, **beside)
+    theirs.scheduler.register_to_config(prediction_type="epsilon")  # as both published ones
+    diffusers.StableDiffusionInpaintPipeline(**theirs.components).save_pretrained(tmp_path / "folder")
+    save_file(reference.single_file(kind, theirs.components), tmp_path / "model.safetensors")
+    ours = Pipeline.load(tmp_path / "folder", device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is guessed
+        single = Pipeline.from_compvis(tmp_path / "model.safetensors", tmp_path / "ends", device="cpu")
+    assert ours.unet.cfg.in_channels == 9
+    assert same_weights(ours, single)
+    assert ours.prediction_type == single.prediction_type == "epsilon"
+    ours.to_diffusers(tmp_path / "again")
+    assert json.loads((tmp_path / "again/model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    back = reference.opened(tmp_path / "again", diffusers.StableDiffusionInpaintPipeline)
+    assert all(torch.equal(w, theirs.unet.state_dict()[name]) for name, w in back.unet.state_dict().items())
+    assert same_weights(Pipeline.load(tmp_path / "again", device="cpu"), ours)
+    ours.save(tmp_path / "own")
+    assert same_weights(Pipeline.load(tmp_path / "own", device="cpu"), ours)
+
+
+def test_an_sdxl_that_inpaints_is_refused(published, tmp_path):
+    pipe, *_, vocabulary = published["sdxl"]
+    parts = {**pipe.components, "unet": reference.unet("sdxl", in_channels=9)}
+    save_file(reference.single_file("sdxl", parts), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="in_channels is 9, but the latents have 4"):
+        Pipeline.from_compvis(tmp_path / "model.safetensors", vocabulary, device="cpu")
 
 
 def test_a_single_file_becomes_a_folder(published, tmp_path):
@@ -339,7 +371,7 @@ def edit(path: Path, **changes: object) -> None:
         ("unet/config.json", "up_block_types", ["CrossAttnUpBlock2D", "UpBlock2D"]),
         ("unet/config.json", "attention_head_dim", [1, 2, 3]),
         ("unet/config.json", "something_new", "swirl"),
-        ("unet/config.json", "in_channels", 9),
+        ("unet/config.json", "in_channels", 5),
         ("vae/config.json", "shift_factor", 0.1),
         ("vae/config.json", "latents_mean", [0.0, 1.0]),
         ("vae/config.json", "use_quant_conv", False),

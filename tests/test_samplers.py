@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch.testing import assert_close
 
-from minildm.samplers import SAMPLERS, ddim, ddim_invert, ddpm, dpmpp_2m, euler, heun
+from minildm.samplers import SAMPLERS, ddim, ddim_invert, ddpm, dpmpp_2m, euler, heun, timesteps_of
 from minildm.schedule import PREDICTION_TYPES, SPACINGS, NoiseSchedule
 
 # the reference hands tensors to numpy in a way that numpy 2 warns about
@@ -55,7 +55,7 @@ def ours(sampler, x, schedule, **options):
     """The timesteps asked about, and after each step t, x and x0."""
     model, path = Model(), []
     result = sampler(model, x, schedule, callback=lambda i, t, x, x0: path.append((i, t, x, x0)), **options)
-    assert [i for i, *_ in path] == list(range(options["steps"]))
+    assert [i for i, *_ in path] == list(range(options["steps"] - options.get("skip", 0)))
     assert_close(result, path[-1][2], rtol=0, atol=0)
     return model.timesteps, [t for _, t, _, _ in path], [x for *_, x, _ in path], [x0 for *_, x0 in path]
 
@@ -74,13 +74,19 @@ def reference(cls, schedule, steps, spacing, prediction_type, **config):
     return scheduler
 
 
-def theirs(sampler, x, schedule, steps, spacing, prediction_type, **step_options):
+def theirs(sampler, x, schedule, steps, spacing, prediction_type, skip=0, **step_options):
     """What `ours` returns, as the reference has it."""
     cls, config = REFERENCE[sampler]
     scheduler = reference(cls, schedule, steps, spacing, prediction_type, **config)
     model, xs, x0s = Model(), [], []
-    x = x * scheduler.init_noise_sigma
-    for i, t in enumerate(scheduler.timesteps):
+    first = skip * scheduler.order
+    if skip:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        x = scheduler.add_noise(CLEAN, x, scheduler.timesteps[first : first + 1])
+    else:
+        x = x * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps[first:], first):
         prediction = model(scheduler.scale_model_input(x, t), t.long().expand(len(x)))
         output = scheduler.step(prediction, t, x, **step_options)
         x = output.prev_sample
@@ -92,18 +98,23 @@ def theirs(sampler, x, schedule, steps, spacing, prediction_type, **step_options
     return model.timesteps, xs, x0s
 
 
-def differences(sampler, schedule, steps, spacing, prediction_type, eta=None):
+CLEAN = randn(2, 4, 6, 6, seed=5)
+
+
+def differences(sampler, schedule, steps, spacing, prediction_type, eta=None, skip=0):
     """Largest difference of x and x0 from the reference over all steps, relative to the larger of 1 and what is compared."""
-    x = randn(2, 4, 6, 6)
-    options = {"steps": steps, "spacing": spacing, "prediction_type": prediction_type}
+    x = noise_ref = randn(2, 4, 6, 6)
+    options = {"steps": steps, "spacing": spacing, "prediction_type": prediction_type} | ({"skip": skip} if skip else {})
+    if skip:
+        x = schedule.add_noise(CLEAN, x, timesteps_of(sampler, schedule, steps, spacing, skip)[0])
     noise = {"generator": torch.Generator().manual_seed(3)} if sampler in (ddim, ddpm) else {}
-    noise_ref = {"generator": torch.Generator().manual_seed(3)} if sampler in (ddim, ddpm) else {}
+    drawn = {"generator": torch.Generator().manual_seed(3)} if sampler in (ddim, ddpm) else {}
     eta = {} if eta is None else {"eta": eta}
     asked, ts, xs, x0s = ours(sampler, x, schedule, **options, **noise, **eta)
-    asked_ref, xs_ref, x0s_ref = theirs(sampler, x, schedule, **options, **noise_ref, **eta)
+    asked_ref, xs_ref, x0s_ref = theirs(sampler, noise_ref, schedule, **options, **drawn, **eta)
     assert asked == asked_ref
     assert ts == list(dict.fromkeys(asked))
-    assert len(xs) == len(xs_ref) == steps
+    assert len(xs) == len(xs_ref) == steps - skip
     pairs = [*zip(xs, xs_ref, strict=True), *((a, b) for a, b in zip(x0s, x0s_ref, strict=True) if b is not None)]
     return max(((a - b).abs() / b.abs().clamp(min=1)).max().item() for a, b in pairs)
 
@@ -158,6 +169,27 @@ def test_zero_terminal_snr_matches_reference(sampler, prediction_type):
     assert difference < {ddim: 1e-12, ddpm: 1e-9, euler: 1e-5, heun: 1e-4, dpmpp_2m: 1e-5}[sampler]
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("skip", [1, 4, 9])
+@pytest.mark.parametrize("sampler", REFERENCE)
+def test_starting_half_way_matches_reference(sampler, skip, spacing):
+    assert differences(sampler, SD, 10, spacing, "epsilon", skip=skip) < {ddim: 1e-12, ddpm: 1e-9}.get(sampler, 1e-5)
+    assert differences(sampler, ZERO, 10, "trailing", "v_prediction", skip=skip) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", [ddim, euler, heun])  # dpmpp_2m forgets its past, ddpm its noise
+def test_skipping_goes_on_where_a_whole_run_was(sampler):
+    options = {"steps": 8, "prediction_type": "v_prediction"}
+    _, _, xs, _ = ours(sampler, randn(2, 4, 6, 6), SD, **options)
+    for skip in (1, 3, 7):
+        assert_close(ours(sampler, xs[skip - 1], SD, **options, skip=skip)[2][-1], xs[-1])
+
+
+def test_what_epsilon_cannot_say_at_pure_noise_does_not_matter_when_that_is_skipped():
+    x = randn(1, 4, 4, 4)
+    assert ddim(Model(), x, ZERO, steps=5, spacing="trailing", skip=1).isfinite().all()
+
+
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_zero_terminal_ddim_with_noise_matches_reference(eta):
     assert differences(ddim, ZERO, 10, "trailing", "v_prediction", eta) < 1e-12
@@ -166,6 +198,9 @@ def test_zero_terminal_ddim_with_noise_matches_reference(eta):
 def test_known_timesteps():
     x = randn(1, 4, 4, 4)
     asked = {sampler: ours(sampler, x, SD, steps=50)[0] for sampler in REFERENCE}
+    for sampler, timesteps in asked.items():
+        assert timesteps_of(sampler, SD, 50) == list(dict.fromkeys(timesteps))
+        assert timesteps_of(sampler, SD, 50, skip=20) == list(dict.fromkeys(timesteps))[20:]
     assert (asked[ddim][0], asked[ddim][-1], len(asked[ddim])) == (981, 1, 50)
     assert asked[ddpm] == asked[euler] == asked[ddim]
     assert len(asked[heun]) == 99
@@ -326,6 +361,8 @@ class TestEverySampler:
         [
             ({"steps": 0}, r"\[1, 1000\], got 0"),
             ({"steps": 1001}, r"\[1, 1000\], got 1001"),
+            ({"steps": 5, "skip": 5}, r"skip must lie in \[0, 5\), got 5"),
+            ({"steps": 5, "skip": -1}, r"skip must lie in \[0, 5\), got -1"),
             ({"spacing": "karras"}, "leading, trailing, linspace, got 'karras'"),
             ({"prediction_type": "eps"}, "epsilon, v_prediction, sample, got 'eps'"),
             ({"model": lambda x, t: x[:, :2]}, r"\(2, 4, 4, 4\), got \(2, 2, 4, 4\)"),

@@ -261,6 +261,16 @@ def test_latents_come_back_from_their_file(tmp_path):
     assert torch.equal(again.sample(picks, step_generator(0, 0)), latents.sample(picks, step_generator(0, 0)))
 
 
+def test_latents_are_mapped_and_not_read(tmp_path):
+    path = tmp_path / "latents.safetensors"
+    Latents(torch.zeros(100, 4, 8, 8), torch.zeros(100, 4, 8, 8), [""] * 100, 1.0).save(path)
+    latents = Latents.load(path)
+    with open(path, "r+b") as file:  # what is written later is seen, so nothing has been read yet
+        file.seek(-2 * 100 * 256 * 4, os.SEEK_END)
+        file.write(torch.ones(100 * 256).numpy().tobytes())
+    assert latents.mean.sum() == 100 * 256
+
+
 def test_other_files_are_no_latents(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*; it comes from Latents.save"):
         Latents.load(tmp_path / "missing.safetensors")

@@ -119,17 +119,18 @@ def test_what_the_mask_keeps_is_kept_in_latents_exactly(pipe, monkeypatch, sampl
     torch.testing.assert_close(pipe("a circle", mask=0 * HOLE + 1, **args), pipe("a circle", **args))
 
 
-def test_what_is_kept_changes_in_pixels_by_no_more_than_the_autoencoder_changes_it():
-    trained, shapes, hole = minildm.load("shapes32").to("cpu"), Shapes(size=32, seed=2), torch.zeros(1, 1, 32, 32)
-    hole[..., 4:20, 4:20] = 1
+def test_what_is_kept_changes_in_pixels_by_about_the_autoencoders_own_error():
+    trained, shapes = minildm.load("shapes32").to("cpu"), Shapes(size=32, seed=2)
     drawn = shapes.draw(range(8))
     images, other = (drawn.images + 1) / 2, drawn.attributes.clone()
     other[:, 2] = (other[:, 2] + 3) % 8  # another colour
+    objects = ((images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05).float()
+    hole = latent_mask(torch.nn.functional.max_pool2d(objects, 3, 1, 1), 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     painted = trained([shapes.caption(a.numpy()) for a in other], image=images, mask=hole, strength=1.0, steps=5, seed=0)
     restored = trained.decode(trained.encode(images))
     error = [((x - images) * (1 - hole)).square().mean().sqrt() for x in (painted, restored)]
-    assert error[0] < 2 * error[1] < 0.06  # not quite equal: the decoder looks around, and normalises over the whole picture
-    assert ((painted - restored) * hole).square().mean().sqrt() > 3 * error[1]
+    assert error[0] < 2 * error[1] < 0.03  # not equal: the decoder looks around, and normalises over the whole picture
+    assert ((painted - restored) * hole).square().mean().sqrt() > 10 * error[1]
 
 
 def test_pictures_to_edit_come_one_for_all_or_one_each(pipe):

@@ -147,7 +147,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def apart(model: nn.Module, yes: bool = True) -> Iterator[None]:
+def without_exchange(model: nn.Module, yes: bool = True) -> Iterator[None]:
     """While it lasts, processes do not exchange gradients, which add up in each: for all parts of a batch but the last.
 
     Args:

@@ -42,7 +42,7 @@ class Report:
     worst: list[int]  # the samples of "new", the one that CLIP finds to fit least first; without a CLIP as they came
 
 
-def nearest(rows: Tensor, others: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_neighbour(rows: Tensor, others: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest of the others to each row, by root mean square, and how lonely it is there.
 
     A blurred picture is near to many others, a copy to one: so a distance alone says little, and its share of the distance to
@@ -126,7 +126,7 @@ def evaluate(
 
     known, mirrored = pipe.encode(real["seen"]), pipe.encode(real["seen"].flip(-1))  # a mirrored copy is a copy
     rows = {"copies": restored["seen"], "held_out": restored["new"]} | {f"samples_{name}": drawn[name] for name in sets}
-    near = {name: nearest(pipe.encode(x), known, mirrored) for name, x in rows.items()}  # all came out of the decoder once
+    near = {name: nearest_neighbour(pipe.encode(x), known, mirrored) for name, x in rows.items()}  # all decoded once
     copied = {
         name: CaptionAccuracy((ratio < COPY).double().mean().item(), {}, len(ratio)) for name, (*_, ratio) in near.items()
     }
@@ -168,7 +168,7 @@ def denoising_loss(pipe, pictures: Pictures, repeats: int = 4, seed: int = 0) ->
     return torch.stack(losses).mean().item()
 
 
-def write(report: Report, folder: Path | str, about: Mapping[str, str]) -> None:
+def write_report(report: Report, folder: Path | str, about: Mapping[str, str]) -> None:
     """Writes report.md with its pictures, failures first, and report.json.
 
     Args:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from minildm.checkpoint import resume, save_checkpoint
 from minildm.clip import CLIP, TextEncoder, contrastive_loss
-from minildm.distributed import World, apart, bare, clip, parallel, whole_is_welcome, whole_run
+from minildm.distributed import World, bare, clip, parallel, whole_is_welcome, whole_run, without_exchange
 from minildm.flow import FlowPath
 from minildm.latents import Latents
 from minildm.schedule import NoiseSchedule
@@ -120,7 +120,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for share in shares:
-            with apart(model, share != shares[-1]):
+            with without_exchange(model, share != shares[-1]):
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                     loss, parts = loss_at(step) if alone else loss_at(step, share)
                 (loss / len(shares)).backward()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minildm.distributed import World, apart, bare, join, leave, parallel, recompute, whole
+from minildm.distributed import World, bare, join, leave, parallel, recompute, whole, without_exchange
 from minildm.latents import Latents
 from minildm.schedule import NoiseSchedule
 from minildm.train import Fit, fit, step_generator, train_autoencoder, train_diffusion
@@ -236,7 +236,7 @@ def test_alone_nothing_is_wrapped(monkeypatch):
     assert (world.rank, world.size) == (0, 1)
     assert parallel(model, world, "fsdp") is parallel(model, world) is bare(model) is model
     assert not torch.distributed.is_initialized()
-    with apart(model):
+    with without_exchange(model):
         assert world.mean(torch.tensor(2.5)) == 2.5
     world.agree(3, "a number")
     leave()

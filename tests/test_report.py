@@ -11,7 +11,7 @@ import minildm
 from minildm.folder import Pictures, to_pixels
 from minildm.pipeline import Pipeline
 from minildm.plot import to_pil
-from minildm.report import denoising_loss, duplicates, evaluate, nearest, write
+from minildm.report import denoising_loss, duplicates, evaluate, nearest_neighbour, write_report
 from minildm.scores import kid
 from minildm.shapes import Shapes
 from minildm.shipped import load_clip
@@ -56,7 +56,7 @@ def test_nearest_is_the_nearest():
     g = torch.Generator().manual_seed(0)
     rows, others = torch.randn(7, 2, 3, generator=g), torch.randn(9, 2, 3, generator=g)
     for mirrored in (None, others.flip(-1)):
-        for row, d, k, ratio in zip(rows, *nearest(rows, others, mirrored), strict=True):
+        for row, d, k, ratio in zip(rows, *nearest_neighbour(rows, others, mirrored), strict=True):
             by_hand = [(row - other).square().mean().sqrt().item() for other in others]
             if mirrored is not None:
                 flipped = [(row - other).square().mean().sqrt().item() for other in mirrored]
@@ -64,12 +64,12 @@ def test_nearest_is_the_nearest():
             assert k == by_hand.index(min(by_hand))
             assert d.item() == pytest.approx(min(by_hand))
             assert ratio.item() == pytest.approx(min(by_hand) / sorted(by_hand)[1])
-    assert nearest(others, others)[0].tolist() == [0.0] * 9
-    assert nearest(others, others)[2].tolist() == [0.0] * 9
+    assert nearest_neighbour(others, others)[0].tolist() == [0.0] * 9
+    assert nearest_neighbour(others, others)[2].tolist() == [0.0] * 9
     with pytest.raises(ValueError, match=r"rows are \(7, 2, 3\) and others \(9, 6\)"):
-        nearest(rows, others.flatten(1))
+        nearest_neighbour(rows, others.flatten(1))
     with pytest.raises(ValueError, match="and two others"):
-        nearest(rows, others[:1])
+        nearest_neighbour(rows, others[:1])
 
 
 def test_one_picture_saved_twice_is_found():
@@ -192,7 +192,7 @@ def test_the_range_of_kid_is_that_of_real_pictures(pipe, report):
 
 
 def test_it_is_written_with_the_failures_first(report, tmp_path):
-    write(report, tmp_path / "new", ABOUT)
+    write_report(report, tmp_path / "new", ABOUT)
     text = (tmp_path / "new" / "report.md").read_text()
     assert text.index("Model card") < text.index("Failures first") < text.index("Figures")
     assert "- **licence** MIT" in text
@@ -203,7 +203,7 @@ def test_it_is_written_with_the_failures_first(report, tmp_path):
     with Image.open(tmp_path / "new" / "samples.png") as sheet:
         assert sheet.width > 700
     with pytest.raises(ValueError, match=r"lacks data, licence: say it in about=\{'data'"):
-        write(report, tmp_path / "other", {"what": "x", "limits": "y", "licence": " "})
+        write_report(report, tmp_path / "other", {"what": "x", "limits": "y", "licence": " "})
     assert not (tmp_path / "other").exists()
 
 

@@ -15,7 +15,7 @@ from minildm.checkpoint import write_atomically
 from minildm.compvis import infer_unet
 from minildm.configs import read_unet, write_unet
 from minildm.controlnet import ControlNet
-from minildm.convert import _open_folder, _read_json
+from minildm.convert import open_folder, read_json
 from minildm.files import Stored, open_weights
 from minildm.layouts import DIFFUSERS_CONTROLNET, compvis_controlnet, names
 from minildm.machine import best_device
@@ -86,7 +86,7 @@ def write_controlnet(path: str | Path, control: ControlNet) -> None:
 
 def _read_folder(folder: Path) -> tuple[UNetConfig, int, tuple[int, ...], dict[str, Stored]]:
     """The U-Net's configuration, the hint's channels, the hint encoder's widths, and the weights."""
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     if (kind := fields.pop("_class_name", None)) != CONTROLNET:
         raise ValueError(f"{folder} holds a {kind}; expected a {CONTROLNET}")
     order = fields.pop("controlnet_conditioning_channel_order", "rgb")
@@ -99,7 +99,7 @@ def _read_folder(folder: Path) -> tuple[UNetConfig, int, tuple[int, ...], dict[s
     widths = fields.pop("conditioning_embedding_out_channels", (16, 32, 96, 256))
     try:
         up = [kind.replace("Down", "Up") for kind in reversed(fields["down_block_types"])]
-        return read_unet(fields | {"up_block_types": up}), channels, tuple(widths), unify("controlnet", _open_folder(folder))
+        return read_unet(fields | {"up_block_types": up}), channels, tuple(widths), unify("controlnet", open_folder(folder))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a settings file in {folder} is damaged ({error!r}); fetch it again") from error
 

@@ -84,14 +84,14 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
         FileNotFoundError: a file is missing; says which.
         ValueError: a file is damaged, a setting is one that ours cannot follow, or weights do not fit; says which.
     """
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in (SD, INPAINT, SDXL, REFINER):
         raise ValueError(f"{folder} holds a {kind}; minildm reads {SD}, {INPAINT}, {SDXL} and {REFINER}")
     xl = kind in (SDXL, REFINER)
     texts = [name for name in TEXTS if any(index.get(name) or [])]
-    fields = {part: _read_json(folder / part / "config.json") for part in ("unet", "vae", *texts)}
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    fields = {part: read_json(folder / part / "config.json") for part in ("unet", "vae", *texts)}
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     try:
         shapes = Configs(
             read_unet(fields["unet"]),
@@ -103,7 +103,7 @@ def read_diffusers(folder: Path, device: str | torch.device | None = None, dtype
         image_size = int(sample_size) * shapes.vae.downsampling
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a settings file in {folder} is damaged ({error!r}); fetch it again") from error
-    stored = {part: unify(part, _open_folder(folder / part)) for part in fields}
+    stored = {part: unify(part, open_folder(folder / part)) for part in fields}
     unet, vae, text = assemble(folder, shapes, stored, TABLES, device, dtype)
     tokenizers = [Tokenizer.load(folder / name.replace("text_encoder", "tokenizer")) for name in texts]
     zero_negative = xl and index.get("force_zeros_for_empty_prompt", True)
@@ -189,20 +189,21 @@ def _by_folder(unet: UNet, vae: AutoencoderKL, text: TextEncoder | SDXLText, onl
     return {"unet": unet, "vae": vae, **texts}
 
 
-def _open_folder(folder: Path) -> dict[str, Stored]:
+def open_folder(folder: Path) -> dict[str, Stored]:
     """A network's weights, whole or in shards, under any of the names that are in use."""
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
     for ending in (".safetensors.index.json", ".safetensors", ".fp16.safetensors", ".bin"):
         for path in (folder / f"{stem}{ending}" for stem in stems):
             if path.is_file() and path.suffix == ".json":
-                shards = sorted({Path(name).name for name in _read_json(path).get("weight_map", {}).values()})
+                shards = sorted({Path(name).name for name in read_json(path).get("weight_map", {}).values()})
                 return {name: tensor for shard in shards for name, tensor in open_weights(folder / shard).items()}
             if path.is_file():
                 return open_weights(path)
     raise FileNotFoundError(f"no weights in {folder}: expected {' or '.join(f'{stem}.safetensors' for stem in stems[:2])}")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The content of a settings file; FileNotFoundError or ValueError say which is missing or damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: a model in the diffusers layout has one; fetch the whole folder")
     try:

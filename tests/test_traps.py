@@ -159,7 +159,7 @@ def test_sdxls_autoencoder_is_widened_by_every_way_to_float16(tmp_path):
 
 def test_a_size_beside_latents_is_refused(sd15):
     pipe = Pipeline.from_diffusers(sd15 / "folder", device="cpu")
-    with pytest.raises(ValueError, match="latents have a size of their own"):
+    with pytest.raises(ValueError, match="latents, image and hint have a size of their own"):
         pipe("a cube", latents=torch.zeros(1, 4, 8, 8), height=64)
 
 

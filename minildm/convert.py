@@ -32,7 +32,7 @@ from minildm.layouts import DIFFUSERS_UNET, DIFFUSERS_VAE, TRANSFORMERS_TEXT, Ta
 from minildm.machine import best_device
 from minildm.schedule import NoiseSchedule
 from minildm.sdxl import SIZE_FEATURES, SDXLText, SDXLTextConfig, TokenizerPair
-from minildm.tensors import Fitting, check, fill, unify
+from minildm.tensors import Fitting, check, fill, refuse_adapters, unify
 from minildm.tokenizer import Tokenizer
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
@@ -225,6 +225,7 @@ def write_diffusers(folder: Path, parts: Parts) -> None:
         ValueError: the reference has no such model; names the field and says why.  Nothing has been written then.
         OSError: the folder cannot be written.
     """
+    refuse_adapters({"unet": parts.unet, "autoencoder": parts.vae, "text encoder": parts.text})
     kind, downsampling = _kind(parts), parts.vae.cfg.downsampling
     networks = _by_folder(parts.unet, parts.vae, parts.text, TEXTS[kind == REFINER])
     tokens = parts.tokenizer

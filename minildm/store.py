@@ -17,6 +17,7 @@ from minildm.clip import TextConfig, TextEncoder
 from minildm.convert import Parts
 from minildm.schedule import NoiseSchedule
 from minildm.sdxl import SDXLText, SDXLTextConfig, TokenizerPair
+from minildm.tensors import refuse_adapters
 from minildm.tokenizer import Tokenizer
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
@@ -28,10 +29,12 @@ def write_model(folder: Path, parts: Parts, guidance_scale: float) -> None:
     """Writes model.safetensors, the tokenizer's files and model.json to a folder; once model.json is there, it is whole.
 
     Raises:
+        ValueError: a network carries adapters; nothing has been written then.
         OSError: the folder cannot be written.
     """
-    (folder / "model.json").unlink(missing_ok=True)  # until all is written anew there is no model here
     networks = _networks(parts)
+    refuse_adapters(networks)
+    (folder / "model.json").unlink(missing_ok=True)  # until all is written anew there is no model here
     tensors = {f"{n}.{k}": v.contiguous() for n, part in networks.items() for k, v in part.state_dict().items()}
     tensors["alpha_bar"] = parts.schedule.alpha_bar
     settings = {

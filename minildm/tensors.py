@@ -5,6 +5,7 @@ built without memory, so that loading needs one copy, or none.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from minildm.files import Stored
 from minildm.layouts import NOT_WEIGHTS, SPELLINGS, Table, names, rename
+from minildm.lora import LoRA
 
 
 def under(prefix: str, stored: dict[str, Stored]) -> dict[str, Stored]:
@@ -37,6 +39,19 @@ def unify(part: str, stored: dict[str, Stored]) -> dict[str, Stored]:
         else:
             result[name] = tensor
     return result
+
+
+def refuse_adapters(networks: Mapping[str, nn.Module]) -> None:
+    """Makes sure that networks are what their configurations say, so that what is written can be read back.
+
+    Raises:
+        ValueError: one of them carries LoRA adapters; says which, and what to do.
+    """
+    if adapted := [name for name, part in networks.items() if any(isinstance(m, LoRA) for m in part.modules())]:
+        raise ValueError(
+            f"{' and '.join(adapted)} carries adapters, which a model's file does not hold: merge and remove them "
+            "(minildm.lora), or write them by themselves (minildm.lora_files.write_lora) and remove them"
+        )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import minildm
 from minildm.blocks import ResBlock
 from minildm.clip import TextConfig
 from minildm.convert import read_diffusers
@@ -549,3 +550,17 @@ def test_a_file_says_that_it_is_of_torch(tmp_path):
     assert rename("mid.attn.blocks.0.attn1.to_q.weight", DIFFUSERS_UNET).removesuffix(".weight") in str(
         [*load_file(tmp_path / "a.safetensors")]
     )
+
+
+def test_a_model_is_not_written_with_adapters_in_it(tmp_path):
+    pipe = minildm.load("shapes32")
+    plain = pipe.unet.state_dict()
+    inject(pipe.unet, 1, 1, ("to_q",))
+    for write in (pipe.save, pipe.to_diffusers):
+        with pytest.raises(ValueError, match=r"unet carries adapters, .* merge and remove them"):
+            write(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+    remove(pipe.unet)
+    pipe.save(tmp_path / "model")
+    again = minildm.load(tmp_path / "model").unet.state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in again.items())

@@ -241,7 +241,7 @@ DEFECTS = [
     (says_what_it_builds, lambda n: n["metadata"]["minildm"].update(builds=["magic"]), "no minildm/magic.py"),
     (says_what_it_builds, lambda n: added(source_of("timestep_embedding"))(n), "do not name"),
     (same_code, lambda n: added(source_of("timestep_embedding").replace("/", "*"))(n), "minildm/blocks.py"),
-    (same_code, lambda n: added(source_of("self.velocity").replace("-", "+"))(n), "minildm/schedule.py"),
+    (same_code, lambda n: added(source_of("self.velocity").replace("*", "+"))(n), "minildm/schedule.py"),
 ]
 
 

@@ -78,6 +78,8 @@ def resume(folder: Path, settings: dict, model: nn.Module, average: dict[str, Te
         path = note.with_suffix(".safetensors")
         try:
             step, size, started_with = (json.loads(note.read_text())[key] for key in ("step", "bytes", "settings"))
+            if note.stem != f"step-{step:07d}":
+                raise ValueError(f"its note is of step {step}")
             if path.stat().st_size != size:
                 raise ValueError(f"{path.stat().st_size} bytes, not {size}")
             with safe_open(path, framework="pt") as f:

@@ -112,20 +112,12 @@ class ControlNet(nn.Module):
             time = time + self.pooled_mlp(pooled)
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.cfg.patch, q=self.cfg.patch)
 
-        h = self.conv_in(x) + self.hint(hint)
-        skips = [h]
-        for level in self.down:
-            for j in range(len(level.res)):
-                h = level.step(j, h, time, context)
-                skips.append(h)
-            if level.resample is not None:
-                h = level.resample(h)
-                skips.append(h)
+        h, skips = self.encode(self.conv_in(x) + self.hint(hint), time, context)
         h = self.mid(h, time, context)
         residuals = [zero(skip) for zero, skip in zip(self.zeros, skips, strict=True)] + [self.zero_mid(h)]
         return [scale * residual for residual in residuals]
 
-    _check = UNet._check  # what the U-Net refuses, its copy refuses in the same words
+    encode, _check = UNet.encode, UNet._check  # the copy goes the U-Net's way down, and refuses what it refuses
 
     def _check_hint(self, x: Tensor, hint: Tensor) -> None:
         factor = 2 ** (len(self.hint_widths) - 1)

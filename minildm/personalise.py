@@ -210,7 +210,7 @@ def _loss(
     picks = torch.randint(len(ids), (count,), generator=generator)
     x0 = latents.sample(picks, generator)
     noise = torch.randn(x0.shape, generator=generator)
-    t = torch.randint(schedule.T, (count,), generator=generator)
+    t = schedule.draw(count, generator)
     hidden, pooled = text(ids[picks].to(next(unet.parameters()).device))
     condition = {"context": hidden} | ({"pooled": pooled} if unet.cfg.pooled_dim else {})
     return diffusion_loss(unet, schedule, x0, noise, t, condition, prediction_type).mean()

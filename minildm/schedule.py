@@ -105,6 +105,10 @@ class NoiseSchedule:
         a = self._alpha_bar_at(t)
         return a / (1 - a)
 
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Training timesteps, (count,) int64, each in [0, T) equally often.  Ho et al. 2020, algorithm 1."""
+        return torch.randint(self.T, (count,), generator=generator)
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """Jump from x0 straight to timestep t.  Ho et al. 2020, eq. 4.
 

@@ -305,9 +305,7 @@ def train_diffusion(
         picks = torch.randint(len(latents.captions), (cfg.batch_size,), generator=generator)
         x0 = latents.sample(picks, generator)
         noise = torch.randn(x0.shape, generator=generator)
-        t = schedule.draw(cfg.batch_size, generator) if isinstance(schedule, FlowPath) else torch.randint(
-            schedule.T, (cfg.batch_size,), generator=generator
-        )  # fmt: skip
+        t = schedule.draw(cfg.batch_size, generator)
         silent = torch.rand(cfg.batch_size, generator=generator) < dropout
         words = torch.where(silent[:, None], empty, ids[picks])
         x0, noise, t, words = map(share.share, (x0, noise, t, words))  # until here all processes have drawn the same

@@ -182,7 +182,7 @@ class UNet(nn.Module):
             time = time + self.pooled_mlp(pooled)
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.cfg.patch, q=self.cfg.patch)
 
-        h, skips = self.encode(x, time, context)
+        h, skips = self.encode(self.conv_in(x), time, context)
         h = self.mid(h, time, context)
         if residuals is not None:
             if len(residuals) != len(skips) + 1:
@@ -199,9 +199,8 @@ class UNet(nn.Module):
         h = self.conv_out(F.silu(self.norm_out(h)))
         return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.cfg.patch, q=self.cfg.patch)
 
-    def encode(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The way down: the lowest features, and every step's output for the way up."""
-        h = self.conv_in(x)
+    def encode(self, h: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The way down from the first convolution's output: the lowest features, and every step's output for the way up."""
         skips = [h]
         for level in self.down:
             for j in range(len(level.res)):

@@ -9,6 +9,7 @@
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess

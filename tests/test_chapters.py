@@ -45,6 +45,7 @@ BUILT_IN = {  # the chapter that completes each module; it shows every public de
 TOOLS = {
     "files", "inception", "shapes", "shards", "plot", "checkpoint", "folder", "machine", "data", "tiling", "layouts", "tensors",
 }  # fmt: skip
+README = (Path(__file__).parents[1] / "README.md").read_text()
 NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in CHAPTERS}
 
 
@@ -72,6 +73,13 @@ def test_every_module_is_built_in_its_chapter():
     for name, notebook in NOTEBOOKS.items():
         due = {module for module, number in BUILT_IN.items() if number == name[:2]}
         assert set(notebook["metadata"]["minildm"]["builds"]) == due, name
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_readme_says_how_long_a_chapter_runs(name):
+    seconds = re.search(r"\*\*Runs in\*\* about (\d+) s", "".join(NOTEBOOKS[name]["cells"][0]["source"]))[1]
+    row = next(line for line in README.splitlines() if f"(chapters/{name}.ipynb)" in line)
+    assert row.endswith(f"| {seconds} s |")
 
 
 def test_the_chapters_together_define_everything_once():

@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "killed.py"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the children are forks")
 @pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path, kills):
     answer = subprocess.run(

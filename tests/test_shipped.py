@@ -1,6 +1,8 @@
 """What comes with the package: it opens by name, does what its file says, and one command makes it anew."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ from safetensors import safe_open
 import minildm
 from minildm.__main__ import _parser, main
 from minildm.files import WEIGHTS
+from minildm.metrics import load_judge
 from minildm.recipes import Recipe
 from minildm.scores import clip_score
-from minildm.shapes import Shapes
+from minildm.shapes import FIELDS, Shapes
 from minildm.shipped import MODELS, folder_of, load_clip, measure
 from minildm.train import Fit
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def brief(seed: int) -> tuple[Shapes, Recipe]:
@@ -59,6 +64,18 @@ def test_its_two_encoders_find_each_other(name):
         assert torch.equal(p, clip.text.state_dict()[key])
     with pytest.raises(FileNotFoundError, match="'shapes33' is shipped; there are shapes32"):
         load_clip("shapes33")
+
+
+def test_the_readmes_python_does_what_it_says():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    names: dict = {}
+    exec(code, names)
+    for name, shape in re.findall(r"^(\w+) = .*# \((\d+(?:, \d+)+)\)", code, re.MULTILINE):
+        assert tuple(names[name].shape) == tuple(map(int, shape.split(", "))), name
+    read = load_judge()[0].read(torch.cat([names["images"], names["redrawn"]]) * 2 - 1)
+    colors = [FIELDS["color"][k] for k in read[:, 2].tolist()]
+    assert colors == ["blue"] * 4 + ["red"]
+    assert {FIELDS["shape"][k] for k in read[:, 3].tolist()} == {"ring"}
 
 
 def test_all_that_is_shipped_stays_small():

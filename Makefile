@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lab chapters bench clean
+.PHONY: demo test lab chapters assignments site bench clean
 
 demo: .venv/core
 	$(PY) -m minildm demo
@@ -16,6 +16,12 @@ lab: .venv/all
 chapters: .venv/all
 	$(PY) tests/execute_chapters.py
 
+assignments: .venv/class
+	$(PY) chapters/assignments.py generate
+
+site: .venv/site
+	$(PY) chapters/site/build.py
+
 bench: .venv/all
 	$(PY) tests/benchmarks/run.py
 
@@ -26,6 +32,16 @@ clean:
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
+
+.venv/class: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[class]'
+	touch .venv/core $@
+
+.venv/site: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[site]'
+	touch .venv/core $@
 
 .venv/all: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv

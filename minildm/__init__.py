@@ -18,7 +18,8 @@ def load(name_or_dir: str, vocabulary: str | None = None, prediction_type: str |
         prediction_type: for a single file, which does not say it; guessed, with a warning where that is uncertain, if None.
 
     Returns:
-        A `minildm.pipeline.Pipeline`.
+        A `minildm.pipeline.Pipeline`.  What comes with the package is on the CPU, which is fast enough for it; everything else
+        on the best device there is.
 
     Raises:
         FileNotFoundError, ValueError: as `Pipeline.load`.
@@ -31,6 +32,6 @@ def load(name_or_dir: str, vocabulary: str | None = None, prediction_type: str |
     from minildm.shipped import folder_of
 
     if shipped := folder_of(str(name_or_dir)):
-        return Pipeline.load(shipped, dtype=torch.float32)
+        return Pipeline.load(shipped, device="cpu", dtype=torch.float32)
     where = fetch(str(name_or_dir)) if is_hub_name(str(name_or_dir)) else name_or_dir
     return Pipeline.load(where, vocabulary=vocabulary, prediction_type=prediction_type)

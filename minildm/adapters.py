@@ -48,8 +48,11 @@ def read_controlnet(path: str | Path, device: str | torch.device | None = None, 
     """
     path = Path(path)
     cfg, hint_channels, hint_widths, stored = (_read_folder if path.is_dir() else _read_file)(path)
-    with torch.device("meta"):
-        control = ControlNet(UNet(cfg), hint_widths, hint_channels)
+    try:
+        with torch.device("meta"):
+            control = ControlNet(UNet(cfg), hint_widths, hint_channels)
+    except Exception as error:  # numbers that make no network fail in any way
+        raise ValueError(f"{path} describes no network that could be built ({error!r}); fetch it again") from error
     table = DIFFUSERS_CONTROLNET if path.is_dir() else _compvis_table(control)
     fitting = Fitting(control, stored, table)
     check(path, {"controlnet": fitting})

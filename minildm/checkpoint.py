@@ -6,7 +6,10 @@ small JSON that vouches for it; the last two are kept, so that a damaged one cos
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,19 +25,41 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        write(beside)
-        with open(beside, "r+b") as f:
-            os.fsync(f.fileno())
-        os.umask(umask := os.umask(0))
-        beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
-        os.replace(beside, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(beside)
+            with open(beside, "r+b") as f:
+                os.fsync(f.fileno())
+            os.umask(umask := os.umask(0))
+            beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path} ({error}); make room there, or choose a folder that can be written") from error
+
+
+@contextmanager
+def held_back() -> Iterator[list[int]]:
+    """While it lasts, a first Ctrl-C is noted in the list that it gives, so that a step can end; a second stops at once."""
+    pressed = []
+
+    def hold(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:  # else there is none to hold back, or somebody else sees to it
+        signal.signal(signal.SIGINT, hold)
+    try:
+        yield pressed
     finally:
-        beside.unlink(missing_ok=True)
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def save_checkpoint(
@@ -49,6 +74,9 @@ def save_checkpoint(
         model: its weights, trained or not, and its buffers.
         average: averages of its trained weights, by name.
         optimizer: over the trained weights, in the order of `average`.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints before it are as they were.
     """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"average.{name}": t for name, t in average.items()}
@@ -56,9 +84,13 @@ def save_checkpoint(
         tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     path = folder / f"step-{step:07d}.safetensors"
-    write_atomically(path, lambda beside: save_file(tensors, beside))
-    note = json.dumps({"step": step, "bytes": path.stat().st_size, "settings": settings})
-    write_atomically(path.with_suffix(".json"), lambda beside: beside.write_text(note))
+    try:
+        write_atomically(path, lambda beside: save_file(tensors, beside))
+        note = json.dumps({"step": step, "bytes": path.stat().st_size, "settings": settings})
+        write_atomically(path.with_suffix(".json"), lambda beside: beside.write_text(note))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{error}; started again, the run goes on from its checkpoint before step {step}") from error
     for old in sorted(folder.glob("step-*.json"))[:-2]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
@@ -74,12 +106,15 @@ def resume(folder: Path, settings: dict, model: nn.Module, average: dict[str, Te
     """
     for half in [*folder.glob(".*-step-*"), *folder.glob(".tmp*")]:  # ours, and what safetensors writes beside that
         half.unlink(missing_ok=True)
+    for path in folder.glob("step-*.safetensors"):
+        if not path.with_suffix(".json").exists():  # nothing vouches for it
+            path.unlink(missing_ok=True)
     for note in sorted(folder.glob("step-*.json"), reverse=True):
         path = note.with_suffix(".safetensors")
         try:
             step, size, started_with = (json.loads(note.read_text())[key] for key in ("step", "bytes", "settings"))
-            if note.stem != f"step-{step:07d}":
-                raise ValueError(f"its note is of step {step}")
+            if note.stem != f"step-{step:07d}" or not isinstance(started_with, dict):
+                raise ValueError(f"its note is of step {step}, with settings {started_with}")
             if path.stat().st_size != size:
                 raise ValueError(f"{path.stat().st_size} bytes, not {size}")
             with safe_open(path, framework="pt") as f:
@@ -97,14 +132,19 @@ def resume(folder: Path, settings: dict, model: nn.Module, average: dict[str, Te
 def _restore(
     path: Path, tensors: dict[str, Tensor], model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    found = {n.removeprefix("model."): tuple(t.shape) for n, t in tensors.items() if n.startswith("model.")}
-    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    trained, states = dict(model.named_parameters()), {}
+    found = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    wanted = {f"model.{n}": t for n, t in model.state_dict().items()} | {f"average.{n}": t for n, t in average.items()}
+    wanted = {n: (tuple(t.shape), t.dtype) for n, t in wanted.items()}
+    for name, (_, dtype) in found.items():  # the optimizer has a step, a single number, and moments like their parameter
+        of_which = name.removeprefix("optimizer.").rpartition(".")[0]
+        if name.startswith("optimizer.") and of_which in average:
+            wanted[name] = ((), torch.float32) if name.endswith(".step") else (tuple(trained[of_which].shape), dtype)
     if odd := sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)):
         raise ValueError(
             f"{path} is a checkpoint of another model: {len(odd)} tensors differ, {odd[0]} first; use another folder"
         )
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in wanted})
-    trained, states = dict(model.named_parameters()), {}
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for i, name in enumerate(average):
         average[name].copy_(tensors[f"average.{name}"])
         of_this = {key: t for key, t in tensors.items() if key.startswith(f"optimizer.{name}.")}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minildm.clip import TextEncoder
 from minildm.guidance import guided
+from minildm.machine import conv_format
 from minildm.schedule import NoiseSchedule
 from minildm.train import Fit, Latents, Progress, fit, step_generator
 
@@ -117,7 +118,7 @@ def distill(
         start = 2 * torch.randint(steps, (cfg.batch_size,), generator=generator)  # of the teacher's steps, an even one
         t, middle, end = (plan[start + i] for i in range(3))
         x = schedule.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
-        x = x.to(device, memory_format=torch.channels_last)
+        x = x.to(device, memory_format=conv_format(device))
         with torch.no_grad():
             told = hear(ids[picks])
             model = guided(teacher, told, told if empty is None else hear(empty), scale=guidance_scale)
@@ -126,4 +127,4 @@ def distill(
             target = velocity_between(x, arrived, schedule, t, end)
         return F.mse_loss(student(x, t.to(device), **told).float(), target), {}
 
-    yield from fit(student.to(memory_format=torch.channels_last), loss_at, cfg, folder)
+    yield from fit(student.to(memory_format=conv_format(device)), loss_at, cfg, folder)

@@ -85,7 +85,7 @@ class FlowPath:
         """The share of noise at time t, ready to multiply x."""
         if x.shape != other.shape:
             raise ValueError(f"the two tensors must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
-        s = torch.as_tensor(t, dtype=torch.float64) / 1000
+        s = torch.as_tensor(t.cpu() if isinstance(t, Tensor) else t, dtype=torch.float64) / 1000
         if s.ndim and s.shape != x.shape[:1]:
             raise ValueError(f"t must be one number or one for each of the {len(x)} samples, got shape {tuple(s.shape)}")
         if s.numel() and not (s.min() >= 0 and s.max() <= 1):

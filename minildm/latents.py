@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -11,6 +12,16 @@ from torch import Tensor
 
 from minildm.checkpoint import write_atomically
 from minildm.files import open_weights
+
+
+class Dataset(Protocol):
+    """What training asks of a dataset: its length, and pictures (N, 3, size, size) in [-1, 1] with their captions by number."""
+
+    name: str
+    size: int
+
+    def __len__(self) -> int: ...
+    def batch(self, indices: list[int]) -> tuple[Tensor, list[str]]: ...
 
 
 @dataclass(frozen=True)

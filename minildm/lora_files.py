@@ -6,6 +6,7 @@ is changed.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -26,6 +27,7 @@ Text = TextEncoder | SDXLText
 
 FACTOR = re.compile(r"^(.+)\.(?:(lora_down|lora_A|lora\.down)|(lora_up|lora_B|lora\.up))\.weight$")
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_1": "lora_te1_", "text_encoder_2": "lora_te2_"}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's own, and diffusers'
 
 
@@ -67,13 +69,17 @@ def read_lora(path: str | Path, unet: UNet, text: Text | None = None, name: str 
             f"{len(strange)} of {len(stored)} tensors in {path} are no factor of a layer of this model, {strange[:3]} first: "
             f"it is for another model, or no plain LoRA{without}"
         )
-    settings = _settings(path)
-    for part, state in list(states.items()):
-        if state:
+    states = {part: state for part, state in states.items() if state}
+    for part, state in states.items():
+        _check_numbers(path, state)
+        check_adapter(networks[part], state)
+    try:
+        settings = _settings(path)
+        for part, state in states.items():
             _add_alphas(state, settings.get(part, {}), _table(part))
-            check_adapter(networks[part], state)
-        else:
-            del states[part]
+            _check_numbers(path, state)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
+        raise ValueError(f"the settings of {path} are damaged ({error}); fetch it again, or take them away") from error
     return {part: load_adapter(networks[part], state, name) for part, state in states.items()}
 
 
@@ -159,19 +165,40 @@ def _spellings(networks: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
     return known
 
 
+def _check_numbers(path: Path, state: dict[str, Tensor]) -> None:
+    """Makes sure that factors are matrices of fractions and alphas single numbers, before a network is changed.
+
+    Raises:
+        ValueError: something else is; says which.
+    """
+    for key, tensor in state.items():
+        one, kind = key.endswith(".alpha"), tensor.dtype
+        whole = not kind.is_floating_point and not kind.is_complex
+        number = (kind in FLOATS or whole) and tensor.numel() == 1 and math.isfinite(tensor.item())
+        if not (number if one else kind in FLOATS and tensor.ndim > 1 and tensor.numel()):
+            wanted = "one finite number" if one else f"a factor of rank 1 or more in {', '.join(map(str, FLOATS))}"
+            raise ValueError(f"{path}: {key} is {tuple(tensor.shape)} {kind}, expected {wanted}: it is damaged")
+
+
 def _settings(path: Path) -> dict[str, dict]:
     """What peft's settings file beside, or a note in the header of diffusers' file, says of each part."""
     beside = path.with_name("adapter_config.json")
     if path.name == IN_FOLDERS[0] and beside.is_file():
-        return {"unet": json.loads(beside.read_text(encoding="utf-8"))}
+        return {"unet": _object(beside.read_text(encoding="utf-8"))}
     result: dict[str, dict] = {}
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            note = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            note = _object((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         for key, value in note.items():
             part, _, field = key.partition(".")
             result.setdefault(part, {})[field] = value
     return result
+
+
+def _object(text: str) -> dict:
+    if not isinstance(fields := json.loads(text), dict):
+        raise ValueError(f"they are a {type(fields).__name__}, not names with values")
+    return fields
 
 
 def _add_alphas(state: dict[str, Tensor], settings: dict, table: Table) -> None:
@@ -181,6 +208,8 @@ def _add_alphas(state: dict[str, Tensor], settings: dict, table: Table) -> None:
         if f"{layer}.alpha" not in state and "lora_alpha" in settings:
             alpha, theirs = settings["lora_alpha"], _spell(layer, table)
             for pattern, other in (settings.get("alpha_pattern") or {}).items():
+                if len(re.findall(r"[*+?{]", pattern)) > 2 or pattern.count("(") > 1 or re.search(r"\)[*+?{]", pattern):
+                    raise ValueError(f"the pattern {pattern[:40]} might take for ever to match; expected a layer's name")
                 alpha = other if re.match(rf"(.*\.)?({pattern})$", theirs) else alpha
             rooted = len(down) ** 0.5 if settings.get("use_rslora") else 1.0  # Kalajdzievski 2023 divides by the root
             state[f"{layer}.alpha"] = torch.tensor(alpha * rooted)

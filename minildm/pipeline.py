@@ -69,7 +69,8 @@ class Pipeline:
             guidance_scale: how much more than the data to obey the caption; 1 for no guidance, None for the model's own, which
                 is 7.5 for published ones.
             sampler: "ddim", "ddpm", "euler", "heun" or "dpmpp_2m".
-            seed: picture k of the answer starts from noise of seed + k, whatever is drawn beside it; None for a new one.
+            seed: picture k of the answer starts from noise of seed + k, whatever is drawn beside it, which changes rounding
+                alone (in float64 not a bit); None for a new one.
             n: pictures for each prompt.
             rescale: see `guided`.
             height: in pixels, a multiple of the autoencoder's downsampling; that of image or hint, or `image_size`, by default.

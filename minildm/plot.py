@@ -1,10 +1,14 @@
-"""Pictures of pictures: a grid of images with a caption under each, and figures that say in words what they show."""
+"""Pictures of pictures: a grid of images with a caption under each, and figures that say in words what they show.
+
+Two things move, and only in a notebook that runs: `explore`, a picture under sliders, and `LiveCurve`, a loss while it falls.
+"""
 
 import base64
 import html
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
@@ -143,6 +147,89 @@ def show_rows(
             sheet.paste(to_pil(picture).resize((side, side), resample), (left + j * step, y))
             draw.rectangle((left + j * step - 1, y - 1, left + j * step + side, y + side), outline=(200, 200, 200))
     return DescribedImage(sheet, alt)
+
+
+def explore(draw: Callable[..., DescribedImage], **sliders) -> None:
+    """Puts sliders over a picture, which is drawn anew whenever one of them is moved.
+
+    A stored notebook keeps neither: let a cell follow that shows the same thing at a few places.
+
+    Args:
+        draw: called with the value of each slider, by its name.  It should be quick, and not be changed by cells that follow.
+        sliders: widgets with a value; the name becomes the description where there is none.  Give `continuous_update=False`
+            where a drawing takes longer than a blink.
+
+    Raises:
+        ValueError: there is no slider.
+        ImportError: ipywidgets is not installed.
+    """
+    if not sliders:
+        raise ValueError("no sliders; give at least one, such as t=ipywidgets.IntSlider(max=999)")
+    import ipywidgets  # here, because it comes with the extra [notebooks]
+    from IPython.display import display
+
+    screen = ipywidgets.Output()
+
+    def redraw(change: object = None) -> None:
+        picture = draw(**{name: slider.value for name, slider in sliders.items()})
+        screen.outputs = ()
+        screen.append_display_data(picture)
+
+    for name, slider in sliders.items():
+        slider.description = slider.description or name
+        slider.observe(redraw, names="value")
+    display(*sliders.values(), screen)
+    redraw()
+
+
+class LiveCurve:
+    """A curve that grows in a notebook while its values come in; what is stored is the finished one.
+
+    Args:
+        steps: how many values there will be.
+        alt: what the finished curve shows, in a sentence or two.
+        label: what the values are.
+        seconds: from one drawing to the next, at least; a drawing takes about a tenth of one.
+
+    Raises:
+        ValueError: alt is empty, or steps is not positive.
+        ImportError: IPython is not installed.
+    """
+
+    def __init__(self, steps: int, alt: str, label: str = "loss", seconds: float = 2.0):
+        if steps < 1 or not alt.strip():
+            raise ValueError(f"{steps} steps and the alternative text {alt!r}; expected at least one step, and a sentence")
+        self.steps, self.alt, self.label, self.seconds = steps, alt, label, seconds
+        self.values: list[float] = []
+        self._handle, self._drawn_at = None, -float("inf")
+
+    def add(self, value: float) -> None:
+        """Takes the next value, and draws if the last drawing is some time ago or this is the last value."""
+        self.values.append(value)
+        if len(self.values) >= self.steps or time.monotonic() - self._drawn_at >= self.seconds:
+            self._draw()
+
+    def _draw(self) -> None:
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+
+        fig, axis = plt.subplots(figsize=(5.2, 2.6))
+        window = max(1, self.steps // 20)
+        smooth = [
+            sum(part) / len(part) for k in range(len(self.values)) if (part := self.values[max(0, k + 1 - window) : k + 1])
+        ]
+        steps = range(1, len(self.values) + 1)
+        axis.plot(steps, self.values, color="0.75", linewidth=1, label="each step")
+        axis.plot(steps, smooth, label=f"mean of the last {window}")
+        axis.set(xlabel="step", ylabel=self.label, xlim=(0, self.steps))
+        axis.legend(frameon=False, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        picture = figure(fig, alt=self.alt)
+        if self._handle:
+            self._handle.update(picture)
+        else:
+            self._handle = display(picture, display_id=True)
+        self._drawn_at = time.monotonic()
 
 
 def _check_range(images: Tensor) -> None:

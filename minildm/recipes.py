@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from minildm.clip import CLIP, ImageConfig, TextConfig, TextEncoder
+from minildm.distributed import World, recompute, whole
 from minildm.machine import best_device
 from minildm.metrics import Judge, caption_accuracy
 from minildm.perceptual import VGGFeatures
@@ -53,18 +54,23 @@ class Recipe:
     prediction_type: str = "v_prediction"
     spacing: str = "trailing"  # begins where the schedule ends: at pure noise
     guidance_scale: float = 3.0  # what such models like best
+    schedule: str = "scaled_linear"  # or "cosine"; either way the last step is pure noise
+    times_mean: float | None = None  # of the training times, see `Crowded`; None draws all equally often
+    train_text: bool = False  # the text encoder begins with the U-Net and learns with it: there is no CLIP, and `words` is idle
 
     @classmethod
     def small(
         cls,
         size: int = 32,
-        vae_steps: int = 1200,
-        word_steps: int = 250,
-        steps: int = 4000,
+        vae_steps: int = 600,
+        word_steps: int = 100,
+        steps: int = 1600,
         pictures: int = 20_000,
         seed: int = 0,
     ) -> "Recipe":
-        """For pictures of `size` pixels, trained on a laptop: 8 x 8 latents at 32 pixels, and 8 x 8 again at 64.
+        """For pictures of `size` pixels, trained on a laptop in minutes: 8 x 8 latents at 32 pixels, and 8 x 8 again at 64.
+
+        What each choice is worth was measured: `tests/benchmarks/README.md`.
 
         Raises:
             ValueError: the latents of such pictures could not be halved; says which sizes can be.
@@ -72,15 +78,37 @@ class Recipe:
         vae = VAEConfig.mini() if size < 64 else VAEConfig.tiny()
         if size < 8 or size % (2 * vae.downsampling):
             raise ValueError(f"size is {size}; choose a multiple of 8, or of 16 from 64 on: 32 and 64 are usual")
+        fast = Fit(steps=steps, lr=3e-3, warmup=50, ema=0.99, seed=seed + 2, muon=0.02, decay="linear")
         return cls(
             size=size,
             pictures=pictures,
-            vae=vae,
-            unet=UNetConfig.tiny(),
-            first=Fit(steps=vae_steps, lr=2e-3, batch_size=32, seed=seed, ema=0.99),
-            words=Fit(steps=word_steps, lr=1e-3, batch_size=128, seed=seed + 1, ema=0.99),
-            second=Fit(steps=steps, lr=1.5e-3, batch_size=32, seed=seed + 2, ema=0.998),
+            vae=replace(vae, widths=(64,) if size < 64 else (48, 64)),
+            unet=replace(UNetConfig.tiny(), widths=(48, 72)),
+            first=replace(fast, steps=vae_steps, lr=6e-3, warmup=20, seed=seed),
+            words=replace(fast, steps=word_steps, lr=2e-3, warmup=10, seed=seed + 1, batch_size=128, muon=0.05),
+            second=fast,
+            context_length=20,
+            schedule="cosine",
+            times_mean=0.69,
         )
+
+
+SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear, "cosine": NoiseSchedule.cosine}
+
+
+@dataclass(frozen=True)
+class Crowded(NoiseSchedule):
+    """A schedule whose training times crowd where most is decided, and are rare where all is plain or nothing can be known.
+
+    Logit-normal, of deviation 1: `mean` 0 crowds in the middle, above it towards noise.  Esser et al. 2024, equation 19.
+    """
+
+    mean: float = 0.0
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Training timesteps, (count,) int64 in [0, T)."""
+        share = torch.sigmoid(self.mean + torch.randn(count, generator=generator))
+        return (share * self.T).long().clamp(max=self.T - 1)
 
 
 class Trained(NamedTuple):
@@ -91,7 +119,7 @@ class Trained(NamedTuple):
     text: TextEncoder
     tokenizer: Tokenizer
     schedule: NoiseSchedule
-    clip: CLIP  # the text encoder and, beside it, the image encoder that it was trained with
+    clip: CLIP | None  # the text encoder and, beside it, the image encoder that it was trained with; None with `train_text`
 
 
 # How a caller runs a stage: it is given the stage's generator and its name, and returns what the generator returns.
@@ -99,40 +127,55 @@ Run = Callable[[Iterator[Progress], str], object]
 
 
 def train_parts(
-    recipe: Recipe, dataset: Dataset, run: Run, folder: Path | None = None, device: torch.device | None = None
-) -> Trained:
+    recipe: Recipe, dataset: Dataset, run: Run, folder: Path | None = None, world: World | None = None, how: str = "ddp",
+    thrifty: bool = False,
+) -> Trained:  # fmt: skip
     """Trains autoencoder, text encoder and U-Net from nothing.
+
+    Several processes share every batch of every stage, and all return the same networks, whole.
 
     Args:
         recipe: what to build and how long to train it.
         dataset: pictures with captions.
         run: drives each stage; `watch` shows a bar.
         folder: for checkpoints, from which an interrupted run goes on; None for none.
-        device: where to train; the best there is if None.
+        world: the processes that train together, and where; None for one alone, on the best device there is.
+        how: as in `parallel`, for the U-Net; the others are small, and every process holds all of them.
+        thrifty: whether to `recompute` the U-Net's activations in place of keeping them.
     """
-    device = device or best_device()
+    world = world or World(device=best_device())
+    device = world.device
     torch.manual_seed(recipe.first.seed)
     vae = AutoencoderKL(recipe.vae).to(device)
-    run(train_autoencoder(vae, dataset, recipe.first, folder and folder / "autoencoder"), "autoencoder")
-    latents = run(cache_latents(vae, dataset, recipe.pictures), "encoding")
+    run(train_autoencoder(vae, dataset, recipe.first, folder and folder / "autoencoder", world), "autoencoder")
+    latents = run(cache_latents(vae, dataset, recipe.pictures, world=world), "encoding")
     vae.cfg = replace(vae.cfg, scaling_factor=latents.scaling_factor)
 
     tokenizer = Tokenizer.train(latents.captions, recipe.vocab_size, context_length=recipe.context_length, lowercase=True)
     ids = _tokenise(tokenizer, latents.captions)
     torch.manual_seed(recipe.words.seed)
     words = replace(TextConfig.tiny(tokenizer.vocab_size, recipe.context_length), end_id=tokenizer.end_id)
-    clip = CLIP(words, ImageConfig.tiny(dataset.size)).to(device)
-    run(train_clip(clip, dataset, ids, recipe.words, folder and folder / "clip"), "text encoder")
+    if recipe.train_text:
+        clip, text = None, TextEncoder(words).to(device)
+    else:
+        clip = CLIP(words, ImageConfig.tiny(dataset.size)).to(device)
+        run(train_clip(clip, dataset, ids, recipe.words, folder and folder / "clip", world), "text encoder")
+        text = clip.text
 
     torch.manual_seed(recipe.second.seed)
     unet = UNet(recipe.unet).to(device)
-    schedule = NoiseSchedule.scaled_linear().zero_terminal_snr()
+    schedule = SCHEDULES[recipe.schedule]().zero_terminal_snr()
+    drawn = schedule if recipe.times_mean is None else Crowded(schedule.alpha_bar, recipe.times_mean)
     stage = train_diffusion(
-        unet, clip.text, schedule, latents, ids, tokenizer([""]), recipe.second,
+        recompute(unet) if thrifty else unet, text, drawn, latents, ids, tokenizer([""]), recipe.second,
         folder and folder / "diffusion", prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,
+        world=world, how=how, train_text=recipe.train_text,
     )  # fmt: skip
     run(stage, "diffusion")
-    return Trained(unet, vae, clip.text, tokenizer, schedule, clip)
+    if world.size > 1 and how == "fsdp":
+        pieces, unet = unet, UNet(recipe.unet).to(device)
+        unet.load_state_dict(whole(pieces.state_dict()))
+    return Trained(unet, vae, text, tokenizer, schedule, clip)
 
 
 def _tokenise(tokenizer: Tokenizer, captions: list[str]) -> Tensor:

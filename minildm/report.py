@@ -128,7 +128,7 @@ def evaluate(
     rows = {"copies": restored["seen"], "held_out": restored["new"]} | {f"samples_{name}": drawn[name] for name in sets}
     near = {name: nearest_neighbour(pipe.encode(x), known, mirrored) for name, x in rows.items()}  # all decoded once
     copied = {
-        name: CaptionAccuracy((ratio < COPY).double().mean().item(), {}, len(ratio)) for name, (*_, ratio) in near.items()
+        name: CaptionAccuracy((ratio < COPY).cpu().double().mean().item(), {}, len(ratio)) for name, (*_, ratio) in near.items()
     }
     own = {
         name: (pipe.encode(drawn[name]) - pipe.encode(real[name][picks[name]])).square().mean(dim=(1, 2, 3)).sqrt()
@@ -199,7 +199,7 @@ def write_report(report: Report, folder: Path | str, about: Mapping[str, str]) -
         write_atomically(folder / name, sheet.save)
     content = json.dumps({"about": dict(about), "figures": report.figures, **machine()}, indent=1)
     write_atomically(folder / "report.json", lambda path: path.write_text(content))
-    write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
 def _cycle(n: int, count: int, generator: torch.Generator) -> list[int]:

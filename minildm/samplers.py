@@ -2,11 +2,12 @@
 
 A sampler knows nothing of networks: it calls `model(x, t) -> prediction` and does arithmetic on what comes back.  All of them
 take the same arguments, start from standard normal noise and return clean latents, so that one can be swapped for another.
+(`x.add(y, alpha=c)` is x + c * y in one operation, where there would be two.)
 """
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import log
+from math import isfinite, log
 
 import torch
 from torch import Tensor
@@ -58,14 +59,14 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}; 0 is deterministic, 1 as noisy as ddpm")
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
-    for i, (t, t_next) in enumerate(pairwise([*timesteps, 0])):
-        a, a_next = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_next].item()
+    levels = schedule.alpha_bar[[*timesteps, 0]].tolist()
+    for i, (t, a, a_next) in enumerate(zip(timesteps, levels[:-1], levels[1:], strict=True)):
         prediction = _predict(model, x, t, i)
         x0 = schedule.to_x0(prediction, x, t, prediction_type)
         epsilon = schedule.to_epsilon(prediction, x, t, prediction_type)
 
         variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
-        x = a_next**0.5 * x0 + (1 - a_next - variance) ** 0.5 * epsilon
+        x = (a_next**0.5 * x0).add(epsilon, alpha=(1 - a_next - variance) ** 0.5)
         if variance > 0:
             x = x + variance**0.5 * _noise_like(x, generator)
         if callback:
@@ -167,7 +168,7 @@ def euler(
         x_in = x / (sigma**2 + 1) ** 0.5
         prediction = _predict(model, x_in, t, i)
         slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
-        x = x + (sigma_next - sigma) * slope
+        x = x.add(slope, alpha=sigma_next - sigma)
         if callback:
             x0 = schedule.to_x0(prediction, x_in, t, prediction_type)
             callback(i, t, x / (sigma_next**2 + 1) ** 0.5, x0)
@@ -198,14 +199,14 @@ def heun(
     for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
         x_in = x / (sigma**2 + 1) ** 0.5
         prediction = _predict(model, x_in, t, i)
-        x0 = schedule.to_x0(prediction, x_in, t, prediction_type)
+        x0 = schedule.to_x0(prediction, x_in, t, prediction_type) if callback else None
         slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
         if sigma_next > 0:
             t_next = timesteps[i + 1]
-            x_in = (x + (sigma_next - sigma) * slope) / (sigma_next**2 + 1) ** 0.5  # where euler would land
+            x_in = x.add(slope, alpha=sigma_next - sigma) / (sigma_next**2 + 1) ** 0.5  # where euler would land
             prediction = _predict(model, x_in, t_next, i)
             slope = (slope + schedule.to_epsilon(prediction, x_in, t_next, prediction_type)) / 2
-        x = x + (sigma_next - sigma) * slope
+        x = x.add(slope, alpha=sigma_next - sigma)
         if callback:
             callback(i, t, x / (sigma_next**2 + 1) ** 0.5, x0)
     return x
@@ -240,10 +241,10 @@ def dpmpp_2m(
         ratio = sigmas[i + 1] / sigmas[i]  # exp(-h)
         if 0 < i < len(timesteps) - 1:
             r = log(sigmas[i - 1] / sigmas[i]) / -log(ratio)  # the last stride in units of this one
-            target = x0 + (x0 - x0_before) / (2 * r)
+            target = x0.add(x0 - x0_before, alpha=1 / (2 * r))
         else:
             target = x0
-        x = ratio * alphas[i + 1] / alphas[i] * x + alphas[i + 1] * (1 - ratio) * target
+        x = (ratio * alphas[i + 1] / alphas[i] * x).add(target, alpha=alphas[i + 1] * (1 - ratio))
         x0_before = x0
         if callback:
             callback(i, t, x, x0)
@@ -284,7 +285,7 @@ def _predict(model: Model, x: Tensor, t: int, step: int) -> Tensor:
     prediction = model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
     if prediction.shape != x.shape:
         raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {tuple(prediction.shape)}")
-    if not prediction.isfinite().all():
+    if not isfinite(prediction.sum(dtype=torch.float32)):  # one NaN or infinity among them spoils the sum
         raise FloatingPointError(
             f"the model's output holds NaN or Inf at step {step}, timestep {t}; check its weights, or use a wider dtype than "
             f"{prediction.dtype}"

@@ -63,7 +63,7 @@ def frechet_gaussians(mean: Tensor, covariance: Tensor, other_mean: Tensor, othe
     Raises:
         ValueError: the shapes do not fit each other, a value is not finite, or a covariance is not symmetric.
     """
-    m, S, n, T = (t.detach().double().cpu() for t in (mean, covariance, other_mean, other_covariance))
+    m, S, n, T = (t.detach().cpu().double() for t in (mean, covariance, other_mean, other_covariance))
     D = m.numel()
     if (m.shape, n.shape, S.shape, T.shape) != ((D,), (D,), (D, D), (D, D)):
         raise ValueError(
@@ -273,7 +273,7 @@ def _checked(features: Tensor, least: int, name: str, hint: str = "") -> Tensor:
     if not features.isfinite().all():
         bad = (~features.isfinite()).any(dim=1).nonzero()[0].item()
         raise ValueError(f"{name} hold nan or infinity, first in row {bad}: look at that picture")
-    return features.detach().double().cpu()
+    return features.detach().cpu().double()  # in this order: MPS knows no float64
 
 
 def _pair(real: Tensor, fake: Tensor, least: int, hint: str) -> tuple[Tensor, Tensor]:

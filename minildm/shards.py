@@ -11,6 +11,7 @@ import json
 import tarfile
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minildm.checkpoint import write_atomically
 from minildm.folder import BadRow, check_size, load_picture, to_pixels
 
 PICTURE_KINDS = ("jpg", "jpeg", "png", "webp")
@@ -43,7 +45,7 @@ class Shards:
     def __init__(self, folder: str | Path, size: int = 64) -> None:
         check_size(size)
         root = Path(folder).expanduser()
-        self.paths = sorted(root.glob("*.tar"))
+        self.paths = sorted(path for path in root.glob("*.tar") if path.is_file())
         if not self.paths:
             raise FileNotFoundError(f"no .tar in {root}; a shard holds pairs such as 0001.jpg and 0001.txt, uncompressed")
         self.name, self.size, self.problems = root.resolve().name, size, []
@@ -86,7 +88,11 @@ class Shards:
         length = path.stat().st_size
         try:
             with tarfile.open(path, "r:") as tar:
+                last = -1
                 for member in tar:
+                    if member.offset <= last or member.size < 0:  # tarfile would go round for ever
+                        raise ValueError(f"{member.name} claims {member.size} bytes at {member.offset}")
+                    last = member.offset
                     stem, _, kind = member.name.rpartition("/")[2].partition(".")
                     where = f"{path.name}: {member.name}"
                     kind = kind.lower()
@@ -100,7 +106,7 @@ class Shards:
                     else:
                         key = member.name[: len(member.name) - len(kind) - 1] if stem else member.name
                         found.setdefault(key, {})[sort] = (member.offset_data, member.size, kind)
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except Exception as error:  # what reads a broken archive may raise anything
             raise ValueError(f"{path} is damaged or compressed ({error}); pack it again, as a plain .tar") from error
         rows = []
         for key, pair in found.items():
@@ -135,9 +141,10 @@ def _caption(data: bytes, is_json: bool) -> str:
         if is_json:
             row = json.loads(text)
             text = row.get("text", row.get("caption")) if isinstance(row, dict) else None
-    except (ValueError, RecursionError):
+        text.encode()  # JSON can spell half a surrogate pair, which is no text
+    except (ValueError, AttributeError, RecursionError):
         text = None
-    if not isinstance(text, str) or not text.strip():
+    if not text or not text.strip():
         raise BadRow('has no caption: text in UTF-8, or JSON with "text" or "caption"')
     return text.strip()
 
@@ -156,22 +163,26 @@ def write_shards(dataset, folder: str | Path, count: int | None = None, per_shar
 
     Raises:
         ValueError: per_shard is below 1, or there are no pictures.
+        OSError: a shard cannot be written; those before it are whole.
     """
     count = len(dataset) if count is None else min(count, len(dataset))
     if per_shard < 1 or count < 1:
         raise ValueError(f"{count} pictures, {per_shard} a shard; expected at least 1 of each")
-    Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
     for start in range(0, count, per_shard):
         paths.append(Path(folder) / f"{start // per_shard:05}.tar")
-        with tarfile.open(paths[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in range(start, min(start + per_shard, count)):
-                images, captions = dataset.batch([index])
-                buffer = io.BytesIO()
-                pixels = ((images[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
-                Image.fromarray(pixels.numpy()).save(buffer, "PNG")
-                for kind, data in (("png", buffer.getvalue()), ("txt", captions[0].encode())):
-                    member = tarfile.TarInfo(f"{index:09}.{kind}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        write_atomically(paths[-1], partial(_pack, dataset, range(start, min(start + per_shard, count))))
     return paths
+
+
+def _pack(dataset, numbers: range, path: Path) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index in numbers:
+            images, captions = dataset.batch([index])
+            buffer = io.BytesIO()
+            pixels = ((images[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+            Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+            for kind, data in (("png", buffer.getvalue()), ("txt", captions[0].encode())):
+                member = tarfile.TarInfo(f"{index:09}.{kind}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "dependencies"
-WANTED = ["--editable", f"{ROOT}[notebooks,test]"]
+WANTED = ["--editable", f"{ROOT}[notebooks,test,class,site]"]
 
 
 def pinned() -> dict[str, str]:
@@ -47,7 +47,7 @@ def lock() -> int:
             "--report",
             str(report),
         ]
-        subprocess.run([*command, "--report", str(report), "--constraint", str(ROOT / "constraints.txt"), *WANTED], check=True)
+        subprocess.run([*command, "--constraint", str(ROOT / "constraints.txt"), *WANTED], check=True)
         found = json.loads(report.read_text())["install"]
     lines = []
     for item in found:

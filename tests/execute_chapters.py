@@ -23,6 +23,7 @@ SECONDS_A_CELL = 180
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 COLOR = "\x1b\\[[0-9;]*m"  # as IPython writes it into a traceback
 KEPT = {"tags", "nbgrader", "slideshow"}  # of a cell's metadata
+WIDGET = "application/vnd.jupyter.widget-view+json"  # the number of a widget that lived in this kernel, and in no other
 
 
 def normalise(notebook: NotebookNode) -> NotebookNode:
@@ -38,15 +39,16 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
         cell.metadata = NotebookNode({key: value for key, value in cell.metadata.items() if key in KEPT and value})
         cell.source = "\n".join(line.rstrip() for line in cell.source.splitlines()).strip("\n")
         if cell.cell_type == "code":
-            cell.outputs = merge_streams(cell.outputs)
+            cell.outputs = tidy(cell.outputs)
     return notebook
 
 
-def merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Joins what was printed in pieces: where the pieces end is chance."""
+def tidy(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Joins what was printed in pieces (where the pieces end is chance), and keeps of a slider its name alone."""
     merged: list[NotebookNode] = []
     for output in outputs:
         output = NotebookNode({key: value for key, value in output.items() if key != "transient"})
+        output.get("data", {}).pop(WIDGET, None)
         last = merged[-1] if merged else None
         if last and output.output_type == last.output_type == "stream" and output.name == last.name:
             last.text += output.text

@@ -3,7 +3,8 @@
     python tests/killed.py FOLDER KILLS SEED
 
 trains a small network in a child process, kills it with SIGKILL `KILLS` times and then lets it end; prints, as JSON, how often
-it was killed, how often in the middle of a write, and whether its weights are those of a run that nobody disturbed, to the bit.
+it was killed, how often in the middle of a write, whether its weights are those of a run that nobody disturbed, to the bit, and
+what lies in the folder beside the last two checkpoints.
 """
 
 import json
@@ -76,7 +77,8 @@ def main(folder: Path, kills: int, seed: int) -> dict:
     assert live(folder, None)
     ended = torch.load(folder.with_suffix(".pt"), weights_only=True)
     same = all(torch.equal(ended[name], p) for name, p in undisturbed.items())
-    left = sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+    kept = {f"step-{step:07}.{ending}" for step in (CFG.steps - 1, CFG.steps) for ending in ("json", "safetensors")}
+    left = sorted(path.name for path in folder.iterdir() if path.name not in kept)
     return {"killed": killed, "while_writing": while_writing, "same_bits": same, "left_behind": left}
 
 

@@ -44,6 +44,7 @@ BUILT_IN = {  # the chapter that completes each module; it shows every public de
 # Used, not taught.
 TOOLS = {
     "files", "inception", "shapes", "shards", "plot", "checkpoint", "folder", "machine", "data", "tiling", "layouts", "tensors",
+    "muon",
 }  # fmt: skip
 README = (Path(__file__).parents[1] / "README.md").read_text()
 NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in CHAPTERS}
@@ -352,12 +353,15 @@ def test_normalising_keeps_what_matters_and_drops_the_rest(tiny):
     cell = notebook.cells[3]
     cell.metadata.execution = {"iopub.execute_input": "2026-01-01"}
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=text) for text in ("1", "2\n")]
+    slider = {"text/plain": "IntSlider(value=3)", "application/vnd.jupyter.widget-view+json": {"model_id": "cafb"}}
+    notebook.cells[4].outputs = [nbformat.v4.new_output("display_data", data=slider)]
     clean = normalise(notebook)
     assert clean.metadata.kernelspec.name == "python3"
     assert clean.metadata.minildm == {"builds": []}
     assert "3.99" not in json.dumps(clean)
     assert cell.metadata == {}
     assert [output.text for output in cell.outputs] == ["12\n"]
+    assert [output.data for output in notebook.cells[4].outputs] == [{"text/plain": "IntSlider(value=3)"}]
     assert notebook.cells[8].metadata.nbgrader.grade_id == "double"
     assert [cell.id for cell in clean.cells] == ids
     clean.cells[1].id = clean.cells[0].id

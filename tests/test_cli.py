@@ -6,12 +6,17 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import minildm
 from minildm.__main__ import main
+from minildm.adapters import write_controlnet
+from minildm.controlnet import ControlNet
+from minildm.lora import LoRA, inject
+from minildm.lora_files import write_lora
 
 BRIEF = ["--vae-steps", "3", "--word-steps", "3", "--steps", "3", "--pictures", "64", "--quiet"]
 
@@ -92,6 +97,76 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_cut(demo, tmp_p
     assert err.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def beside(demo, tmp_path_factory):
+    """What can go beside a prompt: a photo, a mask of its left half, an adapter and a ControlNet that do something."""
+    out, pipe = tmp_path_factory.mktemp("beside"), minildm.load(demo / "model")
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (64, 96, 3), dtype=torch.uint8, generator=g)
+    Image.fromarray(pixels.numpy()).resize((192, 128)).save(out / "photo.png")
+    for name, color in (("nothing", "black"), ("all", "white")):
+        Image.new("L", (64, 64), color).save(out / f"{name}.png")
+    mask = Image.new("L", (64, 64), "black")
+    mask.paste("white", (0, 0, 32, 64))
+    mask.save(out / "mask.png")
+    control = ControlNet(pipe.unet, hint_widths=(8, 8, 16))
+    for p in (p for p in control.parameters() if not p.any()):  # all that begins at zero, and would say nothing
+        torch.nn.init.normal_(p, std=0.3, generator=g)
+    write_controlnet(out / "control", control)
+    for part, targets in ((pipe.unet, ["to_v", "proj_out", "conv_out"]), (pipe.text, ["to_q", "to_v"])):
+        inject(part, rank=2, alpha=2, targets=targets)
+        for layer in (module for module in part.modules() if isinstance(module, LoRA)):
+            torch.nn.init.normal_(layer.up["default"].weight, std=0.5, generator=g)
+    write_lora(out / "lora.safetensors", pipe.unet, pipe.text)
+    return out
+
+
+def test_sample_starts_from_a_picture_and_repaints_what_a_mask_shows(demo, beside, tmp_path, capsys):
+    def draw(*options):
+        argv = ("sample", "a star", "--model", demo / "model", "--seed", 1, "--steps", 4, "-o", tmp_path / "x.png", *options)
+        code, _, err = run(capsys, *argv)
+        assert code == 0, err
+        return pixels_of(tmp_path / "x.png")
+
+    photo = pixels_of(beside / "photo.png", cut=True)
+    restored = minildm.load(demo / "model")
+    restored = restored.decode(restored.encode(photo))
+    shown = ("--image", beside / "photo.png")
+    assert (draw(*shown, "--strength", 0) - restored).abs().max() < 1 / 250
+    assert (draw(*shown, "--strength", 1) - draw()).abs().max() < 1 / 250  # from noise alone
+    assert (draw(*shown) - draw(*shown, "--strength", 0.8)).abs().max() == 0
+    assert (draw(*shown, "--mask", beside / "nothing.png") - restored).abs().max() < 1 / 250
+    assert torch.equal(draw(*shown, "--mask", beside / "all.png"), draw(*shown))
+    repainted = (draw(*shown, "--mask", beside / "mask.png") - restored).abs()
+    assert repainted[..., 24:].mean() < 0.7 * repainted[..., :8].mean()  # away from the edge; the norms of the decoder see all
+
+
+def test_sample_takes_an_adapter_and_a_controlnet_at_any_scale(demo, beside, tmp_path, capsys):
+    def draw(*options):
+        argv = ("sample", "a star", "--model", demo / "model", "--seed", 1, "--steps", 2, "-o", tmp_path / "x.png", *options)
+        code, _, err = run(capsys, *argv)
+        assert code == 0, err
+        return (tmp_path / "x.png").read_bytes()
+
+    plain, lora = draw(), ("--lora", beside / "lora.safetensors")
+    assert draw(*lora, "--lora-scale", 0) == plain
+    assert len({plain, draw(*lora), draw(*lora, "--lora-scale", 0.5)}) == 3
+    control = (*lora, "--control", beside / "control", "--hint")  # the adapter wakes the last layer, which begins at zero
+    photo, mask = beside / "photo.png", beside / "mask.png"
+    assert draw(*control, photo, "--control-scale", 0) == draw(*lora)
+    assert len({draw(*lora), draw(*control, photo), draw(*control, photo, "--control-scale", 0.5), draw(*control, mask)}) == 4
+
+
+def pixels_of(path, cut: bool = False) -> torch.Tensor:
+    """A picture file as (1, 3, 32, 32) in [0, 1]; `cut` to its central square and resized."""
+    with Image.open(path) as picture:
+        if cut:
+            side = min(picture.size)
+            x, y = (picture.width - side) // 2, (picture.height - side) // 2
+            picture = picture.crop((x, y, x + side, y + side)).resize((32, 32), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+
+
 BAD = [
     (["--sampler", "magic"], "choose one of ddim, ddpm, euler, heun, dpmpp_2m"),
     (["--steps", "-3"], r"steps must lie in \[1, 1000\], got -3"),
@@ -99,6 +174,14 @@ BAD = [
     (["--model", "/nowhere"], "/nowhere"),
     (["-o", "picture.txt"], "ends in .png"),
     (["-o", "/proc/nothing/picture.png"], "/proc/nothing"),
+    (["--strength", "0.5"], "--strength goes with --image: give both, or neither"),
+    (["--mask", "mask.png"], "--mask goes with --image"),
+    (["--control", "control"], "--control goes with --hint"),
+    (["--hint", "hint.png"], "--hint goes with --control"),
+    (["--lora-scale", "1"], "--lora-scale goes with --lora"),
+    (["--image", "/nowhere.png"], r"/nowhere\.png cannot be read as an image"),
+    (["--lora", "/nowhere.safetensors"], "/nowhere.safetensors"),
+    (["--control", "/nowhere", "--hint", "/nowhere.png"], "/nowhere"),
 ]
 
 
@@ -113,6 +196,18 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(demo, tmp_path, capsys, monke
     assert out == ""
     assert __import__("re").search(message, err), err
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_a_picture_that_does_not_go_is_named(demo, beside, tmp_path, capsys):
+    argv = ["sample", "a star", "--model", demo / "model", "--steps", 2, "-o", tmp_path / "x.png"]
+    (beside / "no.png").write_bytes(b"no picture")
+    code, _, err = run(capsys, *argv, "--image", beside / "no.png")
+    assert (code, "no.png is no readable PNG" in err) == (1, True)
+    code, _, err = run(capsys, *argv, "--image", beside / "photo.png", "--strength", 2)
+    assert (code, "strength is 2" in err) == (1, True)
+    code, _, err = run(capsys, *argv, "--lora", beside / "photo.png")
+    assert (code, "photo.png" in err) == (1, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_model_is_named(demo, tmp_path, capsys):

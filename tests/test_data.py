@@ -6,6 +6,7 @@ import pickle
 import struct
 import unicodedata
 import warnings
+import zlib
 from pathlib import Path
 from urllib.error import URLError
 
@@ -296,6 +297,134 @@ def test_folder_converts_every_kind_of_pixel(tmp_path: Path):
     names = ["palette.png", "gray.png", "gray16.png", "bit.png", "cmyk.tiff", "moving.gif"]
     ds = ImageFolder(write_folder(tmp_path, [row(name) for name in names]), size=8)
     assert [color(ds, i, 4, 4) for i in range(6)] == [BLUE, (100,) * 3, (100,) * 3, WHITE, RED, GREEN]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_folder_turns_every_orientation_upright(tmp_path: Path, orientation: int, kind: str):
+    """What a camera stores lying or mirrored comes out as it was seen: red, green, blue and white from corner to corner."""
+    seen = Image.new("RGB", (32, 32))
+    for n, c in enumerate((RED, GREEN, BLUE, WHITE)):
+        seen.paste(c, (16 * (n % 2), 16 * (n // 2), 16 * (n % 2) + 16, 16 * (n // 2) + 16))
+    turn = Image.Transpose
+    stored = {
+        1: [], 2: [turn.FLIP_LEFT_RIGHT], 3: [turn.ROTATE_180], 4: [turn.FLIP_TOP_BOTTOM], 5: [turn.TRANSPOSE],
+        6: [turn.ROTATE_90], 7: [turn.TRANSVERSE], 8: [turn.ROTATE_270],
+    }[orientation]  # fmt: skip
+    picture = seen
+    for step in stored:
+        picture = picture.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / f"a.{kind}", exif=exif, **({"quality": 100, "subsampling": 0} if kind == "jpg" else {}))
+    ds = one_picture(tmp_path, f"a.{kind}", size=32)
+    for (y, x), c in zip(((4, 4), (4, 27), (27, 4), (27, 27)), (RED, GREEN, BLUE, WHITE), strict=True):
+        assert np.abs(np.subtract(color(ds, 0, y, x), c)).max() < (12 if kind != "png" else 1), (y, x)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_is_none_turns_nothing(tmp_path: Path, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "a.png", exif=exif)
+    assert color(one_picture(tmp_path, "a.png"), 0, 4, 4) == RED
+
+
+def test_folder_takes_the_first_frame_of_every_kind_of_animation(tmp_path: Path):
+    frames = [Image.new("RGB", (8, 8), c) for c in (GREEN, RED, BLUE)]
+    names = ["moving.gif", "moving.png", "moving.webp", "pages.tiff"]
+    for name in names:
+        lossless = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **lossless)
+    Image.new("RGB", (8, 8), GREEN).save(  # two pictures in one JPEG, as some cameras make them
+        tmp_path / "two.jpg", format="MPO", save_all=True, append_images=frames[1:], quality=100, subsampling=0
+    )
+    ds = ImageFolder(write_folder(tmp_path, [row(name) for name in [*names, "two.jpg"]]), size=8)
+    assert [color(ds, i, 4, 4) for i in range(4)] == [GREEN] * 4
+    assert np.abs(np.subtract(color(ds, 4, 4, 4), GREEN)).max() < 6
+
+
+def test_folder_converts_the_rarer_kinds_of_pixel_too(tmp_path: Path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
+    Image.new("YCbCr", (8, 8), (76, 85, 255)).save(tmp_path / "ycbcr.tiff")
+    Image.new("LA", (8, 8), (100, 255)).save(tmp_path / "la.png")
+    Image.new("P", (8, 8), 3).save(tmp_path / "empty palette.png")
+    Image.fromarray(np.full((8, 8), 100 * 257, dtype=np.uint16)).save(tmp_path / "gray16.tiff")
+    Image.fromarray(np.full((8, 8), 100 * 257, dtype=">u2")).save(tmp_path / "turned16.tiff")
+    deep = b"P6 8 8 65535\n" + struct.pack(">3H", 65535, 0, 0) * 64
+    (tmp_path / "deep.ppm").write_bytes(deep)
+    wanted = {"cmyk.jpg": RED, "ycbcr.tiff": RED, "la.png": (100,) * 3, "gray16.tiff": (100,) * 3, "deep.ppm": RED}
+    wanted["turned16.tiff"] = (100,) * 3
+    ds = ImageFolder(write_folder(tmp_path, [row(name) for name in wanted]), size=8)
+    for n, c in enumerate(wanted.values()):
+        assert np.abs(np.subtract(color(ds, n, 4, 4), c)).max() < 8, ds.captions[n]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def a_bmp(width: int, height: int) -> bytes:
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, width, height, 1, 24, *[0] * 6)
+
+
+def a_png(width: int, height: int, *between: bytes, pixels: bytes = b"") -> bytes:
+    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(between) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def test_folder_leaves_out_bombs_and_pictures_of_no_size_and_needs_no_memory(tmp_path: Path):
+    """Small files that promise what no memory holds; Pillow's limit is as it is outside of tests."""
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    text = zlib.compress(bytes(200 * 2**20), 9)  # 200 KB that become 200 MB
+    bombs = {
+        "wide.png": a_png(2**31 - 1, 1), "large.png": a_png(60_000, 60_000), "huge.png": a_png(2**31 - 1, 2**31 - 1),
+        "text.png": a_png(8, 8, chunk(b"zTXt", b"Comment\0\0" + text), pixels=bytes(8 * 25)),
+        "profile.png": a_png(8, 8, chunk(b"iCCP", b"icc\0\0" + text), pixels=bytes(8 * 25)),
+        "none.png": a_png(0, 8), "no.png": a_png(8, 0), "short.png": a_png(8, 8, pixels=bytes(7)),
+        "none.gif": b"GIF89a" + bytes(4) + b"\x00\x00\x00;", "large.gif": b"GIF89a\xff\xff\xff\xff\x00\x00\x00" + b",\0\0\0\0"
+        + b"\xff\xff\xff\xff\x00\x02\x00;", "none.bmp": a_bmp(0, 0), "large.bmp": a_bmp(2**30, 2**30),
+        "large.ppm": b"P6 99999 99999 255\n", "half.png": whole[: len(whole) // 2], "head.png": whole[:8],
+    }  # fmt: skip
+    for name, content in bombs.items():
+        (tmp_path / name).write_bytes(content)
+    write_folder(tmp_path, [row(name) for name in ["good.png", *bombs]])
+    before = peak_memory()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ds = ImageFolder(tmp_path, size=8)
+    grown = peak_memory() - before
+    named = " ".join(ds.problems)
+    kept = {"text.png", "profile.png"} - {name for name in bombs if name in named}  # a note that is left unread harms nobody
+    assert {name for name in bombs if name not in named} == kept
+    assert len(ds) == 1 + len(kept)
+    assert color(ds, 0, 4, 4) == RED
+    assert grown < 100 * 2**20
+
+
+def peak_memory() -> int:
+    """In bytes; 0 where nobody says."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_folder_names_a_picture_that_was_cut_anywhere(tmp_path: Path, kind: str):
+    """A half-copied picture is left out, and never half grey; where what is missing is no pixel, it is the whole picture."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    noise.save(tmp_path / "whole", kind)
+    whole = (tmp_path / "whole").read_bytes()
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "good.png")
+    lengths = [len(whole) * k // 20 for k in range(20)]
+    for length in lengths:
+        (tmp_path / f"{length}").write_bytes(whole[:length])
+    write_folder(tmp_path, [row("good.png"), row("whole"), *(row(f"{length}", f"{length}") for length in lengths)])
+    with pytest.warns(UserWarning, match="left out"):
+        ds = ImageFolder(tmp_path, size=24)
+    assert len(ds.problems) >= 17
+    for n in range(2, len(ds)):
+        assert torch.equal(ds.pixels[n], ds.pixels[1]), ds.captions[n]
 
 
 def test_folder_names_bad_lines_and_goes_on(tmp_path: Path):

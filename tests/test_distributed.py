@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minildm.clip import CLIP, ImageConfig, TextConfig, contrastive_loss
 from minildm.distributed import World, bare, join, leave, parallel, recompute, whole, without_exchange
 from minildm.latents import Latents
 from minildm.schedule import NoiseSchedule
-from minildm.train import Fit, fit, step_generator, train_autoencoder, train_diffusion
+from minildm.shapes import Shapes
+from minildm.shards import Shards, write_shards
+from minildm.train import Fit, cache_latents, fit, step_generator, train_autoencoder, train_clip, train_diffusion, watch
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 
 CFG = Fit(steps=6, lr=2e-3, batch_size=8, warmup=2, ema=0.9, save_every=3, seed=3)
+SMALL_VAE = VAEConfig(widths=(8, 16), blocks=1, groups=4, mid_attention=False, patch=2)
 SMALL = UNetConfig(widths=(8, 16), depths=(0, 1), heads=(2, 2), blocks=1, context_dim=8, pooled_dim=8, groups=4)
 RUNS = {  # name: (how, accumulate)
     "ddp": ("ddp", 1),
@@ -69,10 +74,78 @@ def gradient(unet: UNet, world: World, how: str) -> dict[str, torch.Tensor]:
     return whole({name: p.grad.clone() for name, p in unet.named_parameters()})  # DDP's lie in one long tensor
 
 
+class Recorded:
+    """A dataset that writes down what it is asked for."""
+
+    def __init__(self, dataset):
+        self.dataset, self.name, self.size, self.asked = dataset, dataset.name, dataset.size, []
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def batch(self, indices):
+        self.asked.append([*indices])
+        return self.dataset.batch(indices)
+
+
+def small_clip(seed: int) -> CLIP:
+    torch.manual_seed(seed)
+    text = TextConfig(vocab_size=16, context_length=5, width=16, layers=1, heads=2, activation="gelu", end_id=15)
+    return CLIP(text, ImageConfig(32, patch_size=16, width=16, layers=1, heads=2, activation="gelu", projection_dim=16))
+
+
+def crowd(count: int) -> torch.Tensor:
+    """Token ids of so many captions, (count, 5)."""
+    return torch.randint(15, (count, 5), generator=torch.Generator().manual_seed(4)).index_fill_(1, torch.tensor([4]), 15)
+
+
+def first_stages(shards: Path, world: World | None = None) -> tuple[dict[str, list], dict[str, list], dict[str, torch.Tensor]]:
+    """Trains an autoencoder and a CLIP on tar shards, and encodes 34 of the pictures.
+
+    The losses; the numbers of the pictures that this process has read; all weights and latents.
+    """
+    losses, asked, rank, cfg = {}, {}, world.rank if world else 0, replace(CFG, warmup=1, lr=1e-3)
+    torch.manual_seed(1 + rank)
+    vae, clip, dataset = AutoencoderKL(SMALL_VAE), small_clip(seed=1 + rank), Recorded(Shards(shards, size=32))
+    losses["autoencoder"] = [p.loss for p in train_autoencoder(vae, dataset, cfg, world=world)]
+    asked["autoencoder"], dataset.asked = dataset.asked, []
+    latents = watch(cache_latents(vae, dataset, 34, batch_size=8, world=world), "", quiet=True)
+    asked["encoding"], dataset.asked = dataset.asked, []
+    losses["clip"] = [p.loss for p in train_clip(clip, dataset, crowd(len(dataset)), cfg, world=world)]
+    asked["clip"] = dataset.asked
+    asked["captions"] = latents.captions
+    held = {f"vae.{k}": t for k, t in vae.state_dict().items()} | {f"clip.{k}": t for k, t in clip.state_dict().items()}
+    return losses, asked, {k: t.clone().contiguous() for k, t in held.items()} | {"mean": latents.mean, "std": latents.std}
+
+
+def learned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All but the keys' biases: they shift all scores of a query alike, which softmax forgets.  Adam follows rounding there."""
+    return {name: t for name, t in tensors.items() if not name.endswith(".to_k.bias")}
+
+
+def crowd_gradient(world: World) -> dict[str, torch.Tensor]:
+    """Of the contrastive loss of 8 pictures and captions, by name.  Adam would not notice if it were twice as long."""
+    clip, x = small_clip(seed=1), torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+    model = parallel(clip, world)
+    image, text = map(world.gather, model(world.share(x), world.share(crowd(8))))
+    contrastive_loss(image, text, clip.logit_scale).backward()
+    return {name: p.grad.clone() for name, p in clip.named_parameters()}
+
+
+def uneven(world: World) -> list:
+    """What the processes have gathered, of which each had another number of rows."""
+    own = torch.arange(3 * (world.rank + 1)).view(-1, 3) + 100 * world.rank
+    return [world.gather(own).tolist(), world.gather_texts([f"ä\n{world.rank}"] * (1 - world.rank) + ['"'])]
+
+
 def in_every_process(out: Path) -> None:
     """What `torchrun` runs: all RUNS; writes losses and weights, by process, into the folder."""
     world = join()
     losses, held = {}, {}
+    stages, asked, made = first_stages(out / "shards", world)
+    losses |= stages
+    save_file(made, out / f"first stages {world.rank}.safetensors")
+    save_file(crowd_gradient(world), out / f"gradient clip {world.rank}.safetensors")
     for name, (how, accumulate) in RUNS.items():
         unet = small_unet(seed=world.rank)  # parallel must give all of them the weights of the first
         losses[name] = run(unet, replace(CFG, accumulate=accumulate), world=world, how=how)
@@ -90,7 +163,9 @@ def in_every_process(out: Path) -> None:
         run(small_unet(seed=0), folder=out / ("nothing here" if world.rank else "left"), world=world)
     except ValueError as error:
         unlike = str(error)
-    (out / f"{world.rank}.json").write_text(json.dumps({"losses": losses, "held": held, "unlike": unlike}))
+    (out / f"{world.rank}.json").write_text(
+        json.dumps({"losses": losses, "held": held, "unlike": unlike, "asked": asked, "uneven": uneven(world)})
+    )
     leave()
 
 
@@ -99,6 +174,7 @@ def two(tmp_path_factory):
     """The folder in which two processes have left what they did."""
     out = tmp_path_factory.mktemp("two")
     run(small_unet(seed=0), folder=out / "begun alone", stop_after=4)
+    write_shards(Shapes(size=32), out / "shards", 500, per_shard=200)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__, str(out)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -138,6 +214,62 @@ def test_the_gradient_is_the_mean_over_processes(two, how):
     for rank in range(2):
         torch.testing.assert_close(load_file(two / f"gradient {how} {rank}.safetensors"), wanted, atol=1e-5, rtol=1e-4)
     assert max(g.abs().max() for g in wanted.values()) > 0.1
+
+
+@pytest.fixture(scope="module")
+def first_stages_alone(two):
+    return first_stages(two / "shards")
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "clip"])
+def test_two_processes_train_the_first_stages_as_one_does(two, first_stages_alone, stage):
+    losses, _, made = first_stages_alone
+    wanted = {name: t for name, t in made.items() if name.startswith({"autoencoder": "vae.", "clip": "clip."}[stage])}
+    for rank in range(2):
+        assert report(two, rank)["losses"][stage] == pytest.approx(losses[stage], abs=1e-5)
+        found = load_file(two / f"first stages {rank}.safetensors")
+        torch.testing.assert_close(learned({name: found[name] for name in wanted}), learned(wanted), atol=1e-5, rtol=0)
+    assert max(losses[stage]) - min(losses[stage]) > 0.01
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "clip"])
+def test_processes_read_their_shares_of_a_batch_and_no_picture_twice(two, first_stages_alone, stage):
+    whole_batches = first_stages_alone[1][stage]
+    shares = [report(two, rank)["asked"][stage] for rank in range(2)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == whole_batches
+    assert [len(batch) for share in shares for batch in share] == [CFG.batch_size // 2] * 2 * CFG.steps
+    assert all(len({*batch}) == CFG.batch_size for batch in whole_batches)
+    assert len({tuple(batch) for batch in whole_batches}) == CFG.steps  # and another batch each step
+
+
+def test_each_picture_is_encoded_by_one_process_and_had_by_all(two, first_stages_alone):
+    _, asked, made = first_stages_alone
+    shares = [report(two, rank)["asked"] for rank in range(2)]
+    encoded = [*shares[0]["encoding"], *shares[1]["encoding"][:-1]]  # nothing was left for the second at the end
+    assert sorted(chain.from_iterable(encoded)) == [*range(34)]
+    for rank in range(2):
+        found = load_file(two / f"first stages {rank}.safetensors")
+        assert shares[rank]["captions"] == asked["captions"]
+        for name in ("mean", "std"):
+            torch.testing.assert_close(found[name], made[name], atol=1e-4, rtol=0)
+
+
+def test_the_gradient_of_a_crowd_in_two_processes_is_that_of_one(two):
+    wanted = crowd_gradient(World())
+    for rank in range(2):
+        torch.testing.assert_close(load_file(two / f"gradient clip {rank}.safetensors"), wanted, atol=1e-6, rtol=1e-4)
+    assert wanted["logit_scale"].abs() > 1e-3
+    keys, queries = (wanted[f"image.blocks.0.attn.to_{which}.bias"].abs().max() for which in "kq")
+    assert keys < 1e-3 * queries  # why `learned` leaves them out
+    assert wanted["image.projection.weight"].abs().max() > 1e-3
+
+
+def test_rows_and_texts_of_any_number_are_gathered_in_order(two):
+    for rank in range(2):
+        rows, texts = report(two, rank)["uneven"]
+        assert rows == [[0, 1, 2], [100, 101, 102], [103, 104, 105]]
+        assert texts == ["ä\n0", '"', '"']
+    assert World().gather_texts(["alone"]) == ["alone"]
 
 
 def test_fsdp_holds_half_in_each_process(two):
@@ -222,11 +354,13 @@ def test_trainings_that_know_no_shares_say_so():
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="cannot cut a batch: it takes 1 process, 1 part, not 1 and 2"):
         next(fit(model, lambda step: (model.weight.sum(), {}), replace(CFG, accumulate=2)))
-    vae = AutoencoderKL(VAEConfig(widths=(8, 16), blocks=1, groups=4, mid_attention=False, patch=2))
+    vae = AutoencoderKL(SMALL_VAE)
     with pytest.raises(ValueError, match="not 2 and 1"):
         next(fit(vae, lambda step: None, CFG, world=World(0, 2)))
-    with pytest.raises(ValueError, match="cannot cut a batch"):
-        next(train_autoencoder(vae, None, replace(CFG, accumulate=2)))
+    with pytest.raises(ValueError, match="cannot cut a batch: it takes 1 process, 1 part, not 1 and 2"):
+        next(train_clip(small_clip(0), None, None, replace(CFG, accumulate=2)))
+    with pytest.raises(ValueError, match="it takes 3 processes, 1 part, not 3 and 2"):
+        next(train_clip(small_clip(0), None, None, replace(CFG, accumulate=2), world=World(0, 3)))
 
 
 def test_alone_nothing_is_wrapped(monkeypatch):

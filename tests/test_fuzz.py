@@ -8,8 +8,10 @@ import io
 import json
 import os
 import struct
+import tarfile
 import warnings
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +22,24 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from minildm.adapters import read_controlnet, write_controlnet
 from minildm.checkpoint import resume, save_checkpoint
+from minildm.clip import TextConfig, TextEncoder
+from minildm.controlnet import ControlNet
 from minildm.files import open_weights
 from minildm.flow import FlowPath, flow_euler
 from minildm.folder import ImageFolder
 from minildm.guidance import guided
+from minildm.lora import LoRA, inject, remove
+from minildm.lora_files import read_lora, write_lora
 from minildm.metrics import caption_accuracy
 from minildm.samplers import SAMPLERS
 from minildm.schedule import PREDICTION_TYPES, SPACINGS, NoiseSchedule
 from minildm.scores import frechet_distance, inception_score, kid, precision_recall
 from minildm.shapes import COLORS, SHAPES, Shapes, from_one_side
+from minildm.shards import Shards
 from minildm.tokenizer import Tokenizer
+from minildm.unet import UNet, UNetConfig
 
 COUNT = int(os.environ.get("MINILDM_FUZZ", "200"))
 TRIED = Counter()
@@ -388,3 +397,242 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path_factory, changes, note_cha
         assert step in (1, 2) or "another" in said
     else:
         assert step == 2
+
+
+# ------------------------------------------------------------------------------------------------------- headers that lie
+
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F4", "C64", "I64", "I8", "U16", "BOOL", "Q9", "", 3, None)
+numbers = st.one_of(st.integers(-2, 20), st.sampled_from([2**31, 2**32 + 1, 2**60, 2**63 - 1, 2**64, -(2**63)]))
+names_of_tensors = st.one_of(
+    st.text(max_size=8), st.sampled_from([".alpha", ".lora_down.weight", "lora_unet_", "input_hint_block.x.weight"])
+)
+plain_json = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.floats(), st.text(max_size=6)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=5,
+)
+lies = st.lists(
+    st.one_of(
+        st.tuples(st.just("dtype"), st.floats(0, 1), st.sampled_from(DTYPES)),
+        st.tuples(st.just("shape"), st.floats(0, 1), st.one_of(st.lists(numbers, max_size=4), plain_json)),
+        st.tuples(st.just("data_offsets"), st.floats(0, 1), st.one_of(st.lists(numbers, min_size=2, max_size=2), plain_json)),
+        st.tuples(st.just("turned"), st.floats(0, 1), st.none()),  # the shape's numbers in another order: as many bytes
+        st.tuples(st.just("renamed"), st.floats(0, 1), names_of_tensors),
+        st.tuples(st.just("digit"), st.floats(0, 1), st.sampled_from("0123456789")),
+        st.tuples(st.just("gone"), st.floats(0, 1), st.none()),
+        st.tuples(st.just("note"), st.floats(0, 1), plain_json),
+    ),
+    max_size=3,
+)
+
+
+def with_lies(data: bytes, told: list[tuple]) -> bytes:
+    """A safetensors file whose header says something else of the same bytes; its length is right."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    for kind, where, value in told:
+        names = [name for name in header if name != "__metadata__"]
+        if not names:
+            continue
+        name = names[int(where * (len(names) - 1))]
+        entry = header[name]
+        if kind == "turned":
+            entry["shape"] = [*reversed(entry["shape"])] if isinstance(entry["shape"], list) else [1]
+        elif kind in ("renamed", "digit"):
+            other = value if kind == "renamed" else "".join(value if c.isdigit() else c for c in name)
+            header[other] = header.pop(name)
+        elif kind == "gone":
+            del header[name]
+        elif kind == "note":
+            header["__metadata__"] = {"lora_adapter_metadata": json.dumps(value)}
+        else:
+            entry[kind] = value
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@FUZZ
+@given(lies)
+def test_a_header_that_lies_is_refused_or_kept_to(tmp_path_factory, told):
+    tried("test_a_header_that_lies_is_refused_or_kept_to")
+    folder = tmp_path_factory.getbasetemp() / "headers"
+    folder.mkdir(exist_ok=True)
+    path = folder / "odd.safetensors"
+    path.write_bytes(with_lies(a_safetensors(folder), told))
+
+    def opened():
+        return [(stored.shape, stored.read()) for stored in open_weights(path).values()]
+
+    read, said = outcome(opened)
+    if read is None:
+        assert str(path) in said
+    else:
+        assert all(promised == tuple(tensor.shape) for promised, tensor in read)
+        assert sum(tensor.nbytes for _, tensor in read) <= path.stat().st_size
+
+
+# -------------------------------------------------------------------------------------------- adapters and ControlNets
+
+SMALL = UNetConfig(widths=(8, 16), depths=(0, 1), heads=(2, 2), blocks=1, context_dim=12, pooled_dim=None, groups=4)
+
+
+def networks() -> tuple[UNet, TextEncoder]:
+    torch.manual_seed(0)
+    return UNet(SMALL), TextEncoder(TextConfig(vocab_size=20, context_length=8, width=8, layers=1, heads=1))
+
+
+@cache
+def adapted(folder: Path) -> tuple[UNet, TextEncoder, dict, dict]:
+    """Two networks, what is in them, and an adapter for them in each layout, as {its file: bytes}."""
+    folder.mkdir()
+    unet, text = networks()
+    inject(unet, 2, 3, ("to_q", "conv1"))
+    inject(text, 2, 3, ("fc1",) if any("fc1" in name for name, _ in text.named_modules()) else ("in_proj.q",))
+    write_lora(folder / "kohya.safetensors", unet, text)
+    write_lora(folder / "pytorch_lora_weights.safetensors", unet, text, layout="diffusers")
+    write_lora(folder, unet, layout="peft")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    layouts = {
+        "kohya": {"kohya.safetensors": files["kohya.safetensors"]},
+        "diffusers": {"pytorch_lora_weights.safetensors": files["pytorch_lora_weights.safetensors"]},
+        "peft": {name: files[name] for name in ("adapter_model.safetensors", "adapter_config.json")},
+    }
+    unet, text = networks()
+    return unet, text, {name: t.clone() for net in (unet, text) for name, t in net.state_dict().items()}, layouts
+
+
+settings_of_peft = st.one_of(
+    st.just(None),
+    st.binary(max_size=8),
+    plain_json.map(lambda value: json.dumps(value).encode()),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "lora_alpha": plain_json,
+            "use_rslora": plain_json,
+            "alpha_pattern": st.one_of(
+                plain_json, st.dictionaries(st.sampled_from(["to_q", "^down.*$", "(", "(a+)+b", "[", "(.*)*x"]), numbers)
+            ),
+        },
+    ).map(lambda value: json.dumps(value).encode()),
+)
+
+
+@FUZZ
+@given(st.sampled_from(["kohya", "diffusers", "peft"]), lies, edits, settings_of_peft)
+def test_an_adapter_is_read_whole_or_refused_whole(tmp_path_factory, layout, told, changes, settings):
+    tried("test_an_adapter_is_read_whole_or_refused_whole")
+    unet, text, before, layouts = adapted(tmp_path_factory.getbasetemp() / "adapters")
+    folder = tmp_path_factory.getbasetemp() / f"odd {layout}"
+    folder.mkdir(exist_ok=True)
+    for name, data in layouts[layout].items():
+        if name.endswith(".json"):
+            data = data if settings is None else settings
+        else:
+            data = damaged(with_lies(data, told), changes if len(told) < 2 else [])
+        (folder / name).write_bytes(data)
+    path = folder / "kohya.safetensors" if layout == "kohya" else folder
+    found, said = outcome(lambda: read_lora(path, unet, text))
+    wrapped = {name for net in (unet, text) for name, module in net.named_modules() if isinstance(module, LoRA)}
+    if found is None:
+        assert said
+        assert not wrapped
+    else:
+        assert wrapped == {layer for layers in found.values() for layer in layers} != set()
+        for net in (unet, text):
+            loras = [module for module in net.modules() if isinstance(module, LoRA)]
+            assert all(np.isfinite(lora.alpha["default"]) for lora in loras)
+            if loras:
+                remove(net)
+    for net in (unet, text):
+        assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+@cache
+def control(folder: Path) -> dict[str, bytes]:
+    """A ControlNet of which a single file can tell the shape, in both layouts, as {file: bytes}."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    one = ControlNet(UNet(UNetConfig(widths=(32,), depths=(1,), heads=(8,), context_dim=8, pooled_dim=None)), (4, 8))
+    write_controlnet(folder / "one.safetensors", one)
+    write_controlnet(folder, one)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(FUZZ, max_examples=max(1, COUNT // 4))  # a network is built for each
+@given(
+    st.booleans(), lies, edits, st.lists(st.tuples(st.floats(0, 1), st.one_of(numbers.filter(lambda n: n < 99), plain_json)))
+)
+def test_a_controlnet_is_read_whole_or_refused(tmp_path_factory, single, told, changes, fields):
+    tried("test_a_controlnet_is_read_whole_or_refused")
+    folder, good = tmp_path_factory.getbasetemp() / "odd control", control(tmp_path_factory.getbasetemp() / "control")
+    folder.mkdir(exist_ok=True)
+    name = "one.safetensors" if single else "diffusion_pytorch_model.safetensors"
+    (folder / name).write_bytes(damaged(with_lies(good[name], told), changes if len(told) < 2 else []))
+    config = json.loads(good["config.json"])
+    for where, value in fields:
+        config[sorted(config)[int(where * (len(config) - 1))]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    found, said = outcome(lambda: read_controlnet(folder / name if single else folder, device="cpu"))
+    if found is None:
+        assert said
+    else:
+        assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in found.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------------ shards
+
+
+def a_tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in (("1.png", PICTURES["png RGB"]), ("1.txt", b"one"), ("2.jpg", PICTURES["jpeg"])):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = len(data), {"comment": "x"} if name == "1.txt" else {}
+            tar.addfile(member, io.BytesIO(data))
+        member = tarfile.TarInfo("2.json")
+        member.size = len(b'{"text": "two"}')
+        tar.addfile(member, io.BytesIO(b'{"text": "two"}'))
+    return buffer.getvalue()
+
+
+TAR = a_tar()
+HEADERS = [at for at in range(0, len(TAR), 512) if TAR[at + 257 : at + 262] == b"ustar"]
+FIELDS = {"name": (0, 100), "size": (124, 136), "type": (156, 157), "link": (157, 257), "prefix": (345, 500)}
+sizes = st.one_of(st.integers(-(2**40), 2**40), st.integers(-2000, 2000), st.sampled_from([-512, -1024, 2**62, -(2**62)]))
+
+
+@FUZZ
+@given(
+    st.lists(st.tuples(st.integers(0, len(HEADERS) - 1), st.one_of(
+        st.tuples(st.just("size"), sizes.map(lambda n: tarfile.itn(n, 12, tarfile.GNU_FORMAT))),
+        st.tuples(st.just("type"), st.sampled_from([bytes([c]) for c in b"01234567LKSDxgXV\0"])),
+        st.tuples(st.sampled_from(["name", "link", "prefix"]), st.sampled_from(
+            [b"../../secret.png", b"/etc/passwd", b"1.png", b"", b"\xff\xfe", b"2.txt", b"a" * 100]
+        )),
+    )), max_size=3),
+    edits,
+)  # fmt: skip
+def test_a_shard_that_lies_is_read_or_named(tmp_path_factory, told, changes):
+    """Its headers' checksums are right, so that what they say is listened to."""
+    tried("test_a_shard_that_lies_is_read_or_named")
+    folder = tmp_path_factory.getbasetemp() / "shards"
+    folder.mkdir(exist_ok=True)
+    data = bytearray(TAR)
+    for header, (field, value) in told:
+        at, (start, end) = HEADERS[header], FIELDS[field]
+        data[at + start : at + end] = value[: end - start].ljust(end - start, b"\0")
+        data[at + 148 : at + 156] = b"%06o\0 " % tarfile.calc_chksums(bytes(data[at : at + 512]))[0]
+    (folder / "x.tar").write_bytes(damaged(bytes(data), changes if not told else []))
+    found, said = outcome(lambda: Shards(folder, size=8))
+    if found is None:
+        assert str(folder) in said
+        return
+    assert 1 <= len(found) <= 4
+    read, said = outcome(lambda: found.batch(range(len(found))))
+    if read is None:
+        assert "cannot be read" in said
+    else:
+        assert read[0].shape == (len(found), 3, 8, 8)
+        assert set(read[1]) <= {"one", "two"} or changes or told
+    assert [path.name for path in folder.iterdir()] == ["x.tar"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minildm.plot import DescribedImage, caption_grid, figure, show, show_rows, to_pil
+from minildm.plot import DescribedImage, LiveCurve, caption_grid, explore, figure, show, show_rows, to_pil
 
 
 def test_a_picture_keeps_its_pixels():
@@ -113,3 +113,75 @@ def test_rare_colours_survive_the_small_palette():
     for k, picture in enumerate(pale):
         shown = sheet[4 : 4 + 48, left + 54 * k : left + 54 * k + 48].astype(int)
         assert np.abs(shown - np.array(to_pil(picture)).astype(int)).max() < 20
+
+
+@pytest.fixture
+def displayed(monkeypatch) -> list:
+    """What a notebook would show, in order; a picture that replaces another is wrapped in a list."""
+    shown = []
+
+    class Handle:
+        def update(self, thing):
+            shown.append([thing])
+
+    def display(*things, display_id=False):
+        shown.extend(things)
+        return Handle() if display_id else None
+
+    monkeypatch.setattr(pytest.importorskip("IPython.display"), "display", display)
+    return shown
+
+
+def test_a_slider_that_is_moved_redraws_its_picture(displayed):
+    widgets = pytest.importorskip("ipywidgets")
+    asked = []
+
+    def draw(t, noise):
+        asked.append((t, noise))
+        return show(torch.zeros(1, 3, 8, 8), alt=f"t {t}, noise {noise}", side=8)
+
+    t, noise = widgets.IntSlider(value=3, max=9), widgets.IntSlider(value=1, max=2, description="which noise")
+    assert explore(draw, t=t, noise=noise) is None
+    *sliders, screen = displayed
+    assert [s.description for s in sliders] == ["t", "which noise"]
+    assert asked == [(3, 1)]
+    t.value = 5
+    noise.value = 2
+    assert asked == [(3, 1), (5, 1), (5, 2)]
+    assert [output["data"]["text/plain"] for output in screen.outputs] == ["t 5, noise 2"]
+    assert 'alt="t 5, noise 2"' in screen.outputs[0]["data"]["text/html"]
+
+
+def test_nothing_to_move_is_refused():
+    with pytest.raises(ValueError, match="no sliders"):
+        explore(lambda: None)
+
+
+def test_a_curve_grows_in_its_place_and_ends_complete(displayed):
+    pytest.importorskip("matplotlib.pyplot").switch_backend("agg")
+    curve = LiveCurve(4, alt="It falls.", seconds=0)
+    for value in (4.0, 2.0, 1.0, 0.5):
+        curve.add(value)
+    first, *later = displayed
+    assert isinstance(first, DescribedImage)
+    assert [str(picture) for [picture] in later] == ["It falls."] * 3
+    assert curve.values == [4.0, 2.0, 1.0, 0.5]
+
+    def ink(picture):
+        return (pixels_of(picture) == [0x1F, 0x77, 0xB4]).all(axis=-1).sum()  # matplotlib's first colour: the mean
+
+    assert ink(later[-1][0]) > ink(later[0][0]) > ink(first)
+
+
+def test_a_curve_is_not_drawn_at_every_value(displayed):
+    pytest.importorskip("matplotlib.pyplot").switch_backend("agg")
+    curve = LiveCurve(50, alt="It falls.", seconds=1000)
+    for value in range(50):
+        curve.add(-value)
+    assert len(displayed) == 2  # the first value and the last
+
+
+@pytest.mark.parametrize(("steps", "alt"), [(0, "It falls."), (3, " ")])
+def test_a_curve_of_nothing_or_without_words_is_refused(steps, alt):
+    with pytest.raises(ValueError, match="at least one step, and a sentence"):
+        LiveCurve(steps, alt=alt)

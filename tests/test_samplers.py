@@ -356,6 +356,11 @@ class TestEverySampler:
         with pytest.raises(FloatingPointError, match=f"at step {step}, timestep {timesteps[2]}"):
             sampler(spoilt, randn(1, 4, 4, 4), SD, steps=5)
 
+    def test_large_numbers_are_not_taken_for_spoilt_ones(self, sampler):
+        for dtype, large in ((torch.float16, 6e4), (torch.bfloat16, 1e30), (torch.float32, 1e30)):
+            answer = torch.full((2, 4, 8, 8), large, dtype=dtype)  # in float16 a sum of them is infinite
+            sampler(lambda x, t, answer=answer: answer, randn(2, 4, 8, 8, dtype=torch.float32), SD, steps=2)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

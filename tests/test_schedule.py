@@ -143,6 +143,19 @@ def test_one_timestep_for_all_or_one_each(t):
     assert_close(SD.add_noise(x0, noise, t), expected)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_plain_number_gives_what_a_tensor_of_it_gives(name, prediction_type):
+    schedule = SCHEDULES[name]
+    x, pred = latents(2, 4, 3, 3), latents(2, 4, 3, 3, seed=1)
+    for t in (0, schedule.T // 2, schedule.T - 1):
+        for convert in (schedule.add_noise, schedule.velocity):
+            assert torch.equal(convert(x, pred, t), convert(x, pred, torch.tensor(t)))
+        assert torch.equal(*(schedule.to_epsilon(pred, x, at, prediction_type) for at in (t, torch.tensor(t))))
+        if (name, prediction_type, t) != ("zero_terminal", "epsilon", 999):
+            assert torch.equal(*(schedule.to_x0(pred, x, at, prediction_type) for at in (t, torch.tensor(t))))
+
+
 def test_each_sample_gets_its_own_timestep():
     x0, noise = latents(8, 4, 8, 8), latents(8, 4, 8, 8, seed=1)  # 8 along every axis that could be confused
     t = torch.arange(0, 800, 100)
@@ -213,6 +226,9 @@ X, T3 = torch.zeros(3, 4, 2, 2), torch.tensor([1, 2, 3])
         (lambda: SD.min_snr_weight(T3, "eps"), "epsilon, v_prediction, sample, got 'eps'"),
         (lambda: SD.min_snr_weight(T3, gamma=0), "gamma must be above 0, got 0"),
         (lambda: SCHEDULES["zero_terminal"].to_x0(X, X, torch.tensor([1, 2, 999])), "alpha_bar is 0"),
+        (lambda: SCHEDULES["zero_terminal"].to_x0(X, X, 999), "alpha_bar is 0"),
+        (lambda: SD.to_x0(X, X, True), "integers, got torch.bool"),
+        (lambda: SD.to_x0(X, X, 1000), r"\[0, 1000\), got values from 1000 to 1000"),
         (lambda: SD.timesteps(0), r"\[1, 1000\], got 0"),
         (lambda: SD.timesteps(1001), r"\[1, 1000\], got 1001"),
         (lambda: SD.timesteps(10, "karras"), "leading, trailing, linspace, got 'karras'"),

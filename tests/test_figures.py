@@ -1,0 +1,208 @@
+"""Every measured figure that README.md states, or a chapter quotes from elsewhere, is what a file of measurements says.
+
+A sentence is written here once more with gaps, and the gaps are filled from the file.  A figure that was measured anew then
+turns its sentence red, and so does a number in the README's prose that has no entry here.
+"""
+
+import json
+import re
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from minildm.files import WEIGHTS
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+README = (ROOT / "README.md").read_text()
+CHAPTERS = {path.stem[:2]: json.loads(path.read_text()) for path in sorted((ROOT / "chapters").glob("*.ipynb"))}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A sentence with gaps, and what goes into them: all that `values` takes from the file, in order."""
+
+    where: str  # "README", or a chapter's number
+    sentence: str
+    file: Path
+    values: Callable[[dict], list]
+
+    def written(self) -> str:
+        """The sentence as it ought to stand there."""
+        return self.sentence.format(*self.values(read(self.file)))
+
+
+def read(file: Path) -> dict:
+    """A file of measurements, or what a model's file says of itself."""
+    if not file.exists():
+        pytest.skip(f"{file.name} has not been measured yet: see tests/benchmarks/README.md")
+    if file.suffix == ".json":
+        return json.loads(file.read_text())
+    with safe_open(file, framework="pt") as f:
+        return {name: json.loads(text) if text.startswith("{") else text for name, text in f.metadata().items()}
+
+
+def demo(report: dict) -> list:
+    samples, unseen, rebuilt = (report["figures"][name] for name in ("samples", "held_out_samples", "reconstructions"))
+    minutes, gib = sum(report["times"].values()) / 60, float(report["peak_memory"].split()[0])
+    low, high = samples["interval_95"]
+    shares = [samples["count"], samples["all_correct"], 100 * low, high, unseen["count"], unseen["all_correct"]]
+    return [minutes, gib, *shares, rebuilt["all_correct"]]
+
+
+def at_64(report: dict) -> list:
+    pixels, latents = report["runs"]["pixels"]["64"], report["runs"]["latents"]["64"]
+    training, step, sample = (
+        pixels[q] / latents[q] for q in ("training_flops", "flops_per_step", "sampling_flops_per_picture")
+    )
+    return [training, step, latents["steps"], pixels["steps"], sample]
+
+
+def with_first_stage(report: dict) -> list:
+    pixels, latents = report["runs"]["pixels"]["64"], report["runs"]["latents"]["64"]
+    pairs = (("training_flops", "first_stage_flops"), ("training_s", "first_stage_s"))
+    return [sum(pixels[q] for q in pair) / sum(latents[q] for q in pair) for pair in pairs]
+
+
+def best(report: dict, network: str, kind: str) -> float:
+    return max(a["all_correct"] for a in report["runs"][network][kind]["0"]["accuracy"].values())
+
+
+def both(report: dict) -> list:
+    return [best(report, network, kind) for kind in ("v_prediction", "flow") for network in ("unet", "dit")]
+
+
+def with_epsilon(report: dict) -> list:
+    ground = min(a["each"]["background"] for a in report["runs"]["unet"]["epsilon"]["0"]["accuracy"].values())
+    return [best(report, "unet", "epsilon"), 100 * ground, best(report, "dit", "epsilon")]
+
+
+def shipped(about: dict) -> list:
+    samples, unseen = about["figures"]["samples"], about["figures"]["held_out_samples"]
+    return [samples["count"], unseen["count"], samples["all_correct"], unseen["all_correct"]]
+
+
+def trained(about: dict) -> list:
+    return [about["choices"]["second"]["steps"], about["choices"]["pictures"]]
+
+
+def without_critic(about: dict) -> list:
+    def numbers(text: str) -> tuple[float, ...]:
+        return tuple(map(float, re.search(r"MSE ([\d.]+), sharpness ([\d.]+)", text).groups()))
+
+    (mse, sharpness), (mse_gan, sharpness_gan) = numbers(read(MSE)["figures"]), numbers(about["figures"])
+    return [1 - mse / mse_gan, sharpness, sharpness_gan]
+
+
+SHAPES32 = WEIGHTS / "shapes32" / "model.safetensors"
+MSE, GAN = (WEIGHTS / f"autoencoder-emoji32-{loss}.safetensors" for loss in ("mse", "gan"))
+PIXELS, BACKBONES = BENCHMARKS / "latent_against_pixels.json", BENCHMARKS / "backbones.json"
+FIGURES = [
+    Figure(
+        "README",
+        "`make demo` trained for {:.1f} minutes in {:.1f} GiB. Of {} captions with fresh seeds its samples obeyed {:.1%} in "
+        "every attribute ({:.0f} to {:.0%} with 95 % confidence), of {} with combinations of colour and shape that it had "
+        "never seen {:.1%}; its autoencoder's reconstructions, the ceiling, stood at {:.0%}.",
+        BENCHMARKS / "demo.json",
+        demo,
+    ),
+    Figure("03", "MSE lower by {:.0%}, sharpness {:.2f} in place of {:.2f}", GAN, without_critic),
+    Figure("07", "`shapes32` ships with the course: {:,} steps of training", SHAPES32, trained),
+    Figure(
+        "10",
+        "on {} and {} pictures, judged when the model was made and stored with its weights, it is {:.3f} and {:.3f}",
+        SHAPES32,
+        shipped,
+    ),
+    Figure("10", "the same U-Net after {:,} of them, on {:,} pictures", SHAPES32, trained),
+    Figure(
+        "13",
+        "{:.0f} times less compute: each step costs {:.1f} times less, and it needs {} steps instead of {}. A sample costs "
+        "{:.1f} times less",
+        PIXELS,
+        at_64,
+    ),
+    Figure("13", "the ratio is {:.1f} in operations and {:.1f} in seconds", PIXELS, with_first_stage),
+    Figure("18", "{:.2f} and {:.2f} with $v$, {:.2f} and {:.2f} with flow", BACKBONES, both),
+    Figure(
+        "18",
+        "the U-Net has {:.2f} at best and paints the ground right in {:.0f} of 100, the transformer has {:.2f}",
+        BACKBONES,
+        with_epsilon,
+    ),
+]  # fmt: skip
+# Numbers that are no measurements: names, versions, sizes, and what the tests that stand beside them count.
+NO_MEASURE = [
+    r"Python 3\.11", r"x86-64", r"macOS 14", r"lends about 2 GB of memory", r"about 300 lines",
+    r"Stable Diffusion 1\b", r"Stable Diffusion 1, 2 or SDXL", r"64 x 64 pixels",
+    r"DPM-Solver\+\+\(2M\)", r"Chapter 08", r"chapters? \d\d", r"FSDP2", r"95 % confidence",
+]  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Prose in one line: without code, and with links as their words."""
+    text = re.sub(r"```.*?```", " ", text, flags=re.DOTALL)
+    return " ".join(re.sub(r"\]\([^)]*\)", "]", text).replace(" %", "%").split())
+
+
+def prose(where: str) -> str:
+    """What is written there."""
+    if where == "README":
+        return plain(README)
+    return plain("\n\n".join("".join(c["source"]) for c in CHAPTERS[where]["cells"] if c["cell_type"] == "markdown"))
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure.where} {figure.values.__name__}")
+def test_a_figure_is_what_its_file_says(figure):
+    assert plain(figure.written()) in prose(figure.where)
+
+
+def unaccounted(readme: str) -> list[str]:
+    """Numbers in the README's prose that neither a file of measurements nor a test stands behind."""
+    text = re.sub(r"```.*?```", " ", readme, flags=re.DOTALL)
+    before, claims, after = text.partition("## Claims and the commands that show them")  # its tests hold those
+    text = before + after[after.find("\n## ") :] if claims else before
+    text = plain(re.sub(r"`[^`]*`", "`", re.sub(r"^\| \[.*$", "", text, flags=re.MULTILINE)))  # test_chapters holds its column
+    for figure in FIGURES:
+        if figure.where == "README":
+            gaps = re.split(r"\\\{[^}]*\\\}", re.escape(plain(re.sub(r"`[^`]*`", "`", figure.sentence))))
+            text = re.sub(r"[\d.,%]+".join(gaps), " ", text)
+    for pattern in NO_MEASURE:
+        text = re.sub(pattern.replace(" %", "%"), " ", text)
+    return [
+        text[max(0, m.start() - 40) : m.end() + 20] for m in re.finditer(r"(?<!\w)\d+(?:[.,]\d+)*", text)
+    ]  # not the 0 of x0
+
+
+def test_no_number_in_the_readme_is_without_a_source():
+    assert unaccounted(README) == []
+
+
+def test_a_number_without_a_source_is_found():
+    assert len(unaccounted(README + "\nIt is 17.3 times faster.\n")) == 1
+    assert len(unaccounted(README.replace("minutes in", "minutes and 3 seconds in"))) > 1  # the whole sentence
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("results-*.json")), ids=lambda file: file.stem)
+def test_results_are_whole_and_of_one_machine(file):
+    results = json.loads(file.read_text())
+    assert not any(report["quick"] for report in results.values()), "a quick run is no measurement: run `make bench`"
+    assert len({json.dumps(report["where"], sort_keys=True) for report in results.values()}) == 1, (
+        "measured in parts: run it whole"
+    )
+
+
+def test_a_ratio_sets_our_best_setting_against_the_references_best():
+    compared = runpy.run_path(str(BENCHMARKS / "timing.py"))["compared"]
+    taken = {"ours, a": [4, 4, 4], "ours, b": [2, 3, 8], "reference, a": [8, 8, 8], "reference, b": [4, 6, 4]}
+    report = compared("what", taken, goal=0.8)
+    assert report["best"] == ["ours, b", "reference, b"]
+    assert report["ratio"] == 0.5  # of 0.5, 0.5 and 2: each round's own
+    assert report["ratio to the plain reference"] == 0.375
+    alone = compared("what", {"ours, a": [4.0]})
+    assert alone["best"] == ["ours, a"]
+    assert alone["ratio"] is None

@@ -1,6 +1,6 @@
 """Several processes that train one model: each computes the gradient of its share of a batch, and all take the same step.
 
-`torchrun` starts the processes and tells each its number; `minildm.train.fit` does the rest.  A batch is drawn whole, from the
+`torchrun` starts the processes and tells each its number; `minildm.loop.fit` does the rest.  A batch is drawn whole, from the
 step's own generator, in every process, and then shared out, so that a run does not depend on how many processes made it.
 """
 

@@ -32,15 +32,23 @@ class Fit:
     lr: float  # peak learning rate; it rises over `warmup` steps, and falls to zero by the end
     batch_size: int = 32
     warmup: int = 100
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # of what AdamW moves
     betas: tuple[float, float] = (0.9, 0.99)
     max_norm: float = 1.0  # longer gradients are shortened to this
     ema: float = 0.999  # decay of the averaged weights; 0 keeps none
     seed: int = 0
     save_every: int = 500  # steps between checkpoints, where a folder is given
-    muon: float = 0.0  # Muon's learning rate for the matrices inside, beside `lr` for the rest; 0 leaves all to AdamW
+    muon: float = 0.0  # peak learning rate of `Muon` for matrices, beside `lr` for the rest; 0 leaves all to AdamW
     decay: str = "cosine"  # how the rate falls: "cosine", or "linear", which is better where there is little time
     accumulate: int = 1  # equal parts of a batch that go through the model one after the other
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("cosine", "linear"):
+            raise ValueError(f'decay is {self.decay!r}; expected "cosine" or "linear"')
+        if self.muon < 0 or (self.muon and self.lr <= 0):
+            raise ValueError(f"muon is {self.muon} and lr {self.lr}; neither is below 0, and beside muon lr is above it")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}; a batch goes through in at least 1 part")
 
 
 @dataclass(frozen=True)
@@ -122,17 +130,17 @@ def fit(
             )
         optimizer.step()
         decay = min(cfg.ema, (1 + step) / (10 + step))  # young averages forget faster
-        for name, p in parameters.items():
-            average[name].lerp_(p.detach(), 1 - decay)
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
         done = step + 1
-        if folder and (done % cfg.save_every == 0 or done == cfg.steps):
+        saved = folder and (done % cfg.save_every == 0 or done == cfg.steps)
+        if saved:
             run = whole_run(bare(model), average, optimizer, world)
             if world.rank == 0:
                 save_checkpoint(folder, done, settings, *run)
         try:
             yield Progress(done, cfg.steps, value, means)
         except KeyboardInterrupt:  # from `watch`, between two steps; of several processes each may be at another
-            if folder and world.size == 1:
+            if folder and world.size == 1 and not saved:
                 save_checkpoint(folder, done, settings, *whole_run(bare(model), average, optimizer, world))
             raise
     if cfg.ema:
@@ -149,6 +157,8 @@ def watch(progress: Generator[Progress, None, Result] | Iterator[Progress], labe
             try:
                 p = progress.throw(KeyboardInterrupt) if pressed else next(progress)
             except StopIteration as end:
+                if pressed:  # while the stage was closing: there is nothing to save, and nothing more is begun
+                    raise KeyboardInterrupt from None
                 return end.value
             bar.total, bar.n = p.steps, p.step
             if p.loss is not None:

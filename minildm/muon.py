@@ -10,39 +10,43 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-_AT_THE_RIM = ("conv_in", "conv_out", "embedding")  # what reads the data and what writes the answer
+_LEFT_OUT = ("conv_in", "conv_out", "embedding")  # in our networks: what reads the data, what writes the answer, tables
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Brings all singular values near 1 and leaves the singular vectors, by matrix products alone.
+    """Brings the singular values towards 1 and leaves the singular vectors, by matrix products alone.
 
     Args:
-        matrices: (..., M, N), not all zeros.
+        matrices: (K, M, N).
         iterations: of Newton-Schulz's kind; each is an odd polynomial of degree five in every singular value.  Its coefficients
-            climb fast from small values and then stay about 1, between 0.7 and 1.2.
+            climb fast and then stay about 1, between 0.7 and 1.2; very small values have not arrived after five.
 
     Returns:
-        (..., M, N).
+        (K, M, N).
     """
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # Frobenius: no singular value is above 1
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(iterations):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        inner = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # -4.7750 gram + 2.0315 gram^2
+        x = torch.baddbmm(x, inner, x, beta=3.4445)  # 3.4445 x + inner x
     return x.mT if tall else x
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the matrices and filters inside a network, AdamW for its first and last layers, embeddings, biases and norms.
+    """Muon for matrices and filters, flattened; AdamW for all of one dimension, such as biases and norms.
+
+    AdamW also keeps what has "conv_in", "conv_out" or "embedding" in its name.  Of our networks' first and last layers that is
+    most; a projection at the end, or an autoencoder's 1x1 convolution, goes by Muon.
 
     Args:
         parameters: what to train, by name, in the order in which a checkpoint keeps them.
         matrix_lr: Muon's learning rate: about how far a step goes in each direction of a matrix.  A schedule that scales `lr`
             scales it alike.
-        lr: AdamW's.
+        lr: AdamW's, above 0.
         momentum: decay of the running mean of the gradients.
-        betas, weight_decay: AdamW's.
+        betas, weight_decay: AdamW's; the matrices do not decay.
 
     Matrices that are spread over several processes (FSDP) are put together for the moment of their step.
     """
@@ -52,16 +56,16 @@ class Muon(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.01,
     ) -> None:  # fmt: skip
         super().__init__(parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        self.momentum, self.ratio = momentum, matrix_lr / lr
-        self.alike: dict[tuple[int, int], list[nn.Parameter]] = {}  # matrices of one shape, which go through together
+        self.momentum, self.times_lr = momentum, matrix_lr / lr
+        self.by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}  # matrices of one shape go through together
         for name, p in parameters.items():
-            if p.ndim >= 2 and not any(word in name for word in _AT_THE_RIM):
-                self.alike.setdefault((len(p), p.numel() // len(p)), []).append(p)
+            if p.ndim >= 2 and not any(word in name for word in _LEFT_OUT):
+                self.by_shape.setdefault((len(p), p.numel() // len(p)), []).append(p)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step for every parameter that has a gradient; those of the matrices are used up."""
-        for (rows, columns), parameters in self.alike.items():
+        for (rows, columns), parameters in self.by_shape.items():
             moving = [p for p in parameters if p.grad is not None]
             if not moving:
                 continue
@@ -70,9 +74,9 @@ class Muon(torch.optim.AdamW):
                     self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))  # AdamW will not load it without
             means, grads = [self.state[p]["momentum"] for p in moving], [p.grad for p in moving]
             torch._foreach_lerp_(means, grads, 1 - self.momentum)
-            ahead = torch._foreach_lerp(grads, means, self.momentum)  # Nesterov's: where the mean will be
-            steps = orthogonalize(torch.stack([_whole(g).flatten(1) for g in ahead]))  # (K, rows, columns)
-            size = self.param_groups[0]["lr"] * self.ratio * max(1, rows / columns) ** 0.5
+            torch._foreach_lerp_(grads, means, self.momentum)  # Nesterov's: where the mean will be
+            steps = orthogonalize(torch.stack([_whole(g).flatten(1) for g in grads]))  # (K, rows, columns)
+            size = self.param_groups[0]["lr"] * self.times_lr * max(1, rows / columns) ** 0.5
             for p, step in zip(moving, size * steps, strict=True):
                 p.sub_(_as_spread(step.view(p.shape), p))
             for p in moving:
@@ -85,9 +89,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _as_spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """Spread over the processes as `like` is; all of them have computed the same."""
+    """Spread over the processes as `like` is: each keeps its own part of what all of them have computed."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # here, because it is slow to import
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -36,6 +36,8 @@ from minildm.train import (
 from minildm.unet import UNet, UNetConfig
 from minildm.vae import AutoencoderKL, VAEConfig
 
+SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear, "cosine": NoiseSchedule.cosine}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -58,19 +60,24 @@ class Recipe:
     times_mean: float | None = None  # of the training times, see `Crowded`; None draws all equally often
     train_text: bool = False  # the text encoder begins with the U-Net and learns with it: there is no CLIP, and `words` is idle
 
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+
     @classmethod
     def small(
         cls,
         size: int = 32,
         vae_steps: int = 600,
-        word_steps: int = 100,
-        steps: int = 1600,
+        word_steps: int = 80,
+        steps: int = 1200,
         pictures: int = 20_000,
+        context_length: int = 32,
         seed: int = 0,
     ) -> "Recipe":
         """For pictures of `size` pixels, trained on a laptop in minutes: 8 x 8 latents at 32 pixels, and 8 x 8 again at 64.
 
-        What each choice is worth was measured: `tests/benchmarks/README.md`.
+        What the optimizer, the schedule and the times are worth was measured: `tests/benchmarks/README.md`.
 
         Raises:
             ValueError: the latents of such pictures could not be halved; says which sizes can be.
@@ -87,13 +94,11 @@ class Recipe:
             first=replace(fast, steps=vae_steps, lr=6e-3, warmup=20, seed=seed),
             words=replace(fast, steps=word_steps, lr=2e-3, warmup=10, seed=seed + 1, batch_size=128, muon=0.05),
             second=fast,
-            context_length=20,
+            context_length=context_length,
             schedule="cosine",
             times_mean=0.69,
+            guidance_scale=2.0,
         )
-
-
-SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear, "cosine": NoiseSchedule.cosine}
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,13 @@ def train_parts(
         world: the processes that train together, and where; None for one alone, on the best device there is.
         how: as in `parallel`, for the U-Net; the others are small, and every process holds all of them.
         thrifty: whether to `recompute` the U-Net's activations in place of keeping them.
+
+    Raises:
+        ValueError: several processes, and a recipe that trains the text encoder along.
     """
     world = world or World(device=best_device())
+    if recipe.train_text and world.size > 1:
+        raise ValueError(f"this recipe trains the text along, in 1 process: start it without torchrun, not as {world.size}")
     device = world.device
     torch.manual_seed(recipe.first.seed)
     vae = AutoencoderKL(recipe.vae).to(device)
@@ -168,7 +178,7 @@ def train_parts(
     drawn = schedule if recipe.times_mean is None else Crowded(schedule.alpha_bar, recipe.times_mean)
     stage = train_diffusion(
         recompute(unet) if thrifty else unet, text, drawn, latents, ids, tokenizer([""]), recipe.second,
-        folder and folder / "diffusion", prediction_type=recipe.prediction_type, dropout=recipe.dropout, min_snr_gamma=None,
+        folder and folder / "diffusion", prediction_type=recipe.prediction_type, dropout=recipe.dropout,
         world=world, how=how, train_text=recipe.train_text,
     )  # fmt: skip
     run(stage, "diffusion")

@@ -47,23 +47,29 @@ def shapes64(seed: int = 0) -> tuple[Shapes, Recipe]:
 
     As in Stable Diffusion 1 the words reach the U-Net by cross-attention alone, at every resolution.
     """
-    recipe = Recipe.small(size=64, vae_steps=1500, steps=3000, pictures=40_000, seed=seed)
+    recipe = Recipe.small(size=64, vae_steps=1500, steps=3000, pictures=40_000, context_length=20, seed=seed)
     return Shapes(size=64, objects=2, seed=seed, partial=0.3), dataclasses.replace(
         recipe,
         unet=dataclasses.replace(recipe.unet, depths=(1, 1), pooled_dim=None),
         second=dataclasses.replace(recipe.second, batch_size=64, ema=0.998),
+        guidance_scale=3.0,
         train_text=True,
     )
 
 
 def emoji(seed: int = 0) -> tuple[Emoji, Recipe]:
     """Every emoji of the system's font on 32 x 32 pixels, by name: few enough to be learned by heart, and they are."""
+    return Emoji(size=32), emoji_recipe(seed)
+
+
+def emoji_recipe(seed: int = 0) -> Recipe:
+    """How that model is trained; the pictures themselves need the font."""
     recipe = Recipe.small(vae_steps=1500, steps=2500, seed=seed)
-    return Emoji(size=32), dataclasses.replace(
+    return dataclasses.replace(
         recipe,
         first=dataclasses.replace(recipe.first, batch_size=64),
         second=dataclasses.replace(recipe.second, batch_size=64, ema=0.998),
-        context_length=32,
+        guidance_scale=3.0,
         train_text=True,
     )
 

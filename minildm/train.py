@@ -168,7 +168,7 @@ def train_diffusion(
     device, world = next(unet.parameters()).device, world or World()
     text.eval()
     if train_text and world.size > 1:
-        raise ValueError(f"the text encoder can be trained along by 1 process, not by {world.size}: leave out train_text")
+        raise ValueError(f"the text encoder can be trained along by 1 process, not by {world.size}: train it before")
     model = parallel(unet.to(memory_format=conv_format(device)), world, how)
 
     def loss_at(step: int, share: World = world) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from minildm.machine import machine, python
 
+PATIENT = {"vae_steps": 1200, "word_steps": 250, "steps": 4000}  # for pictures that are not as plain as Shapes
+
 
 def run_demo(args: argparse.Namespace) -> None:
     """Shapes from nothing: train, judge the reconstructions (the ceiling), judge samples, write everything down."""
@@ -23,7 +25,7 @@ def run_demo(args: argparse.Namespace) -> None:
     from minildm.shipped import measure
 
     out = args.out or Path("out")
-    trained = _pipeline(args, Shapes(size=32, seed=args.seed), _recipe(args, size=32), out)
+    trained = _pipeline(args, Shapes(size=32, seed=args.seed), _recipe(args, size=32, context_length=20), out)
     if trained is None:
         return
     pipe, _, times, _ = trained
@@ -57,7 +59,7 @@ def run_train(args: argparse.Namespace) -> None:
 
     dataset = open_dataset(args.dataset, args.size)
     out = args.out or Path("out") / Path(args.dataset).resolve().name
-    trained = _pipeline(args, dataset, _recipe(args, dataset.size), out)
+    trained = _pipeline(args, dataset, _recipe(args, size=dataset.size, **PATIENT), out)
     if trained is None:
         return
     pipe, *_ = trained
@@ -95,11 +97,11 @@ def run_ship(args: argparse.Namespace) -> None:
     print(f"wrote {out / args.name}; {said}")
 
 
-def _recipe(args: argparse.Namespace, size: int):
+def _recipe(args: argparse.Namespace, **choices: int):
     from minildm.recipes import Recipe
 
     asked = {name: getattr(args, name) for name in ("vae_steps", "word_steps", "steps", "pictures")}
-    recipe = Recipe.small(size=size, seed=args.seed, **{k: v for k, v in asked.items() if v is not None})
+    recipe = Recipe.small(seed=args.seed, **(choices | {k: v for k, v in asked.items() if v is not None}))
     return _in_every_stage(recipe, ("first", "words", "second"), save_every=args.save_every)
 
 

@@ -8,7 +8,7 @@ from minildm.muon import Muon, orthogonalize
 from minildm.train import Fit, fit, step_generator, watch
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 3), (2, 8, 20), (40, 12)])
+@pytest.mark.parametrize("shape", [(5, 3, 3), (2, 8, 20), (1, 40, 12)])
 def test_all_singular_values_come_near_one_and_the_vectors_stay(shape):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
@@ -19,21 +19,31 @@ def test_all_singular_values_come_near_one_and_the_vectors_stay(shape):
     torch.testing.assert_close(within, torch.diag_embed(values), atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon of its own to compare with")
-def test_it_takes_the_steps_of_torchs_own():
-    """Torch's knows matrices alone, and multiplies in bfloat16, whose rounding the tolerance is for."""
-    start = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    mine = Muon({"weight": ours}, 0.02, lr=1e-3, momentum=0.9)
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (8, 6, 3, 3), (60, 4, 3, 3)])
+def test_it_takes_the_steps_of_torchs_own(shape):
+    """Torch's knows matrices alone, and multiplies in bfloat16, whose rounding the tolerance is for.
+
+    Filters are matrices too, one row for each output channel, wherever they lie in memory.
+    """
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    filters = len(shape) == 4
+    ours = nn.Parameter(start.clone(memory_format=torch.channels_last if filters else torch.contiguous_format))
+    theirs = nn.Parameter(start.flatten(1).clone())
+    mine = Muon({"weight": ours}, 0.02, lr=1e-3, momentum=0.9, weight_decay=0.5)
     torchs = torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.0, nesterov=True)
     for step in range(4):
-        grad = torch.randn(24, 64, generator=step_generator(2, step)) + start
-        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        grad = torch.randn(shape, generator=step_generator(2, step)) + start
+        ours.grad = grad.clone(memory_format=torch.preserve_format).contiguous(
+            memory_format=torch.channels_last if filters else torch.contiguous_format
+        )
+        theirs.grad = grad.flatten(1).clone()
+        mine.param_groups[0]["lr"] = 1e-3 / (1 + step)  # what scales one scales the other
+        torchs.param_groups[0]["lr"] = 0.02 / (1 + step)
         mine.step()
         torchs.step()
     moved = (ours - start).detach()
     assert moved.norm() > 0.1
-    assert (ours - theirs).norm() < 0.02 * moved.norm()
+    assert (ours.flatten(1) - theirs).norm() < 0.02 * moved.norm()
 
 
 def test_it_leaves_the_rim_and_the_vectors_to_adamw():
@@ -73,3 +83,17 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 3, 3))
     with pytest.raises(ValueError, match="another decay, muon"):
         next(fit(model, lambda step: (model(x).square().mean(), {}), adam, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"decay": "sudden"}, '"cosine" or "linear"'),
+        ({"muon": -0.02}, "neither is below 0"),
+        ({"muon": 0.02, "lr": 0.0}, "lr is above it"),
+        ({"accumulate": 0}, "at least 1 part"),
+    ],
+)
+def test_a_choice_that_trains_nothing_right_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Fit(**{"steps": 4, "lr": 1e-3, **wrong})

@@ -15,10 +15,14 @@ from minildm.metrics import load_judge
 from minildm.recipes import Recipe
 from minildm.scores import clip_score
 from minildm.shapes import FIELDS, Shapes
-from minildm.shipped import MODELS, folder_of, load_clip, measure
+from minildm.shipped import MODELS, SAMPLING, emoji_recipe, folder_of, load_clip, measure, measure_copies
 from minildm.train import Fit
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+OF_SHAPES = ("shapes32", "shapes64")
+RECIPES = {name: MODELS[name]()[1] for name in OF_SHAPES} | {"emoji": emoji_recipe()}
 
 
 def brief(seed: int) -> tuple[Shapes, Recipe]:
@@ -30,7 +34,7 @@ def about(folder) -> dict[str, str]:
         return f.metadata()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OF_SHAPES)
 def test_it_does_what_its_file_says(name):
     pipe = minildm.load(name)
     assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text) for p in part.parameters()} == {torch.float32}
@@ -47,13 +51,29 @@ def test_its_file_says_how_it_was_made(name):
     said = about(WEIGHTS / name)
     assert said["recipe"] == f"python -m minildm ship {name} --seed 0"
     chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(said["choices"])["second"].items()}
-    assert Fit(**chosen) == MODELS[name]()[1].second  # what Fit has learned since is at its default
+    recipe = RECIPES[name]
+    assert Fit(**chosen) == recipe.second  # what Fit has learned since is at its default
+    assert json.loads(said["choices"])["unet"]["widths"] == list(recipe.unet.widths)
     assert {"torch", "python", "processor", "minildm"} <= set(said)
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_the_emoji_were_learned_by_heart_as_the_file_says():
+    """Without the font there is nothing to compare with but the file itself."""
+    figures = json.loads(about(WEIGHTS / "emoji")["figures"])
+    assert figures["reconstructions_rms"] < figures["samples_rms"] < 1.5 * figures["reconstructions_rms"]
+    try:
+        dataset, _ = MODELS["emoji"]()
+    except FileNotFoundError:
+        pytest.skip("no colour emoji font on this system: apt-get install fonts-noto-color-emoji")
+    again, pictures = measure_copies(minildm.load("emoji"), dataset, judged=32)
+    assert pictures["samples"].shape == pictures["real"].shape == (32, 3, 32, 32)
+    assert abs(again["nearest_is_its_own"] - figures["nearest_is_its_own"]) < 0.15
+    assert again["samples_rms"] == pytest.approx(figures["samples_rms"], rel=0.3)
+
+
 @torch.no_grad()
-def test_its_two_encoders_find_each_other(name):
+def test_its_two_encoders_find_each_other():
+    name = "shapes32"
     clip, tokenizer = load_clip(name)
     x, captions = MODELS[name]()[0].batch(range(5_000_000, 5_000_064))  # never trained on
     image, text = clip(x, tokenizer(captions))
@@ -64,6 +84,8 @@ def test_its_two_encoders_find_each_other(name):
         assert torch.equal(p, clip.text.state_dict()[key])
     with pytest.raises(FileNotFoundError, match="'shapes33' is shipped; there are shapes32"):
         load_clip("shapes33")
+    with pytest.raises(FileNotFoundError, match="shapes64 learned with its U-Net, and has no image encoder"):
+        load_clip("shapes64")
 
 
 def test_the_readmes_python_does_what_it_says():
@@ -76,6 +98,14 @@ def test_the_readmes_python_does_what_it_says():
     colors = [FIELDS["color"][k] for k in read[:, 2].tolist()]
     assert colors == ["blue"] * 4 + ["red"]
     assert {FIELDS["shape"][k] for k in read[:, 3].tolist()} == {"ring"}
+
+
+@pytest.mark.parametrize("name", ["shapes64"])
+def test_it_keeps_two_objects_apart_in_every_company(name):
+    figures = json.loads(about(WEIGHTS / name)["figures"])
+    wanted = {"reconstructions": 0.99, "samples": 0.97, "held_out_samples": 0.90}
+    assert {what: figures[what]["all_correct"] >= least for what, least in wanted.items()} == dict.fromkeys(wanted, True)
+    assert SAMPLING["steps"] == 20
 
 
 def test_all_that_is_shipped_stays_small():

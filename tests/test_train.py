@@ -181,6 +181,9 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert rates[9] > 0.97
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[100] == pytest.approx(0, abs=1e-12)
+    line = [learning_rate(step, Fit(steps=100, lr=1.0, warmup=10, decay="linear")) for step in range(101)]
+    assert line[:2] == pytest.approx([0.1, 0.2 * 0.99])
+    assert line[20:] == pytest.approx([1 - step / 100 for step in range(20, 101)])
 
 
 def test_the_average_is_what_remains():

@@ -511,3 +511,15 @@ def test_where_chapters_run_this_machine_can_be_reached():
 def test_make_test_runs_chapters_so():
     assert 'if "--nbval" in step' in (ROOT / "tests" / "run.py").read_text()
     assert 'Path("tests/offline")' in (ROOT / "tests" / "run.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "lie"), [("vae", "widths", []), ("unet", "groups", 0), ("unet", "heads", [4, 0]), ("text", "width", "128")]
+)
+def test_settings_that_no_network_could_have_are_refused_by_name(tmp_path, part, key, lie):
+    folder = shutil.copytree(Path(minildm.__file__).parent / "weights" / "shapes32", tmp_path / "model")
+    settings = json.loads((folder / "model.json").read_text())
+    settings[part][key] = lie
+    (folder / "model.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="does not hold a whole minildm model"):
+        minildm.load(folder)

@@ -58,14 +58,9 @@ def shapes64(seed: int = 0) -> tuple[Shapes, Recipe]:
 
 
 def emoji(seed: int = 0) -> tuple[Emoji, Recipe]:
-    """Every emoji of the system's font on 32 x 32 pixels, by name: few enough to be learned by heart, and they are."""
-    return Emoji(size=32), emoji_recipe(seed)
-
-
-def emoji_recipe(seed: int = 0) -> Recipe:
-    """How that model is trained; the pictures themselves need the font."""
+    """Every emoji of the system's font on 32 x 32 pixels, by name: few enough to be learned by heart.  Made, not shipped."""
     recipe = Recipe.small(vae_steps=1500, steps=2500, seed=seed)
-    return dataclasses.replace(
+    return Emoji(size=32), dataclasses.replace(
         recipe,
         first=dataclasses.replace(recipe.first, batch_size=64),
         second=dataclasses.replace(recipe.second, batch_size=64, ema=0.998),
@@ -79,7 +74,7 @@ MODELS: dict[str, Callable[[int], tuple[Dataset, Recipe]]] = {"shapes32": shapes
 
 def folder_of(name: str) -> Path | None:
     """Where a shipped model lies; None if no such model is shipped."""
-    return WEIGHTS / name if name in MODELS else None
+    return WEIGHTS / name if name in MODELS and (WEIGHTS / name).exists() else None
 
 
 def load_clip(name: str) -> tuple[CLIP, Tokenizer]:

@@ -59,19 +59,9 @@ def speedrun(report: dict) -> list:
     return [*spread(report, "total_s"), report["judged"], *spread(report, "accuracy"), *rest]
 
 
-def opponent(report: dict) -> list:
-    both = report["against_the_reference"]
-    times = both["theirs"]["processor_s"] / both["ours"]["without_text_encoder_s"]
-    return [times, both["theirs"]["accuracy"], both["ours"]["accuracy"]]
-
-
 def apart(about: dict) -> list:
     samples, unseen = about["figures"]["samples"], about["figures"]["held_out_samples"]
     return [samples["count"], samples["all_correct"], unseen["all_correct"]]
-
-
-def by_heart(about: dict) -> list:
-    return [about["choices"]["dataset_size"], about["figures"]["nearest_is_its_own"]]
 
 
 def at_64(report: dict) -> list:
@@ -118,7 +108,7 @@ def without_critic(about: dict) -> list:
     return [1 - mse / mse_gan, sharpness, sharpness_gan]
 
 
-SHAPES32, SHAPES64, EMOJI = (WEIGHTS / name / "model.safetensors" for name in ("shapes32", "shapes64", "emoji"))
+SHAPES32, SHAPES64 = (WEIGHTS / name / "model.safetensors" for name in ("shapes32", "shapes64"))
 SPEEDRUN = BENCHMARKS / "speedrun.json"
 MSE, GAN = (WEIGHTS / f"autoencoder-emoji32-{loss}.safetensors" for loss in ("mse", "gan"))
 PIXELS, BACKBONES = BENCHMARKS / "latent_against_pixels.json", BENCHMARKS / "backbones.json"
@@ -131,14 +121,7 @@ FIGURES = [
         SPEEDRUN,
         speedrun,
     ),
-    Figure(
-        "README",
-        "after {:.1f} times our processor time they obeyed {:.1%}, where ours obeyed {:.1%}",
-        SPEEDRUN,
-        opponent,
-    ),
     Figure("README", "of {} fresh captions its samples obeyed {:.1%} in every attribute, {:.1%} where", SHAPES64, apart),
-    Figure("README", "the {:,} emoji of a font, and has them by heart: {:.1%} of its samples", EMOJI, by_heart),
     Figure("03", "MSE lower by {:.0%}, sharpness {:.2f} in place of {:.2f}", GAN, without_critic),
     Figure("07", "`shapes32` ships with the course: {:,} steps of training", SHAPES32, trained),
     Figure(
@@ -222,7 +205,6 @@ def test_the_speedrun_is_of_the_recipe_that_make_demo_follows():
     report = read(SPEEDRUN)
     followed = json.loads(json.dumps(asdict(Recipe.small(context_length=20))))
     assert report["recipe"] == followed
-    assert report["against_the_reference"]["recipe"] == followed
     assert [run["seed"] for run in report["runs"]] == [0, 1, 2]
     assert report["median_accuracy"] >= report["goal"] == 0.95
     assert report["median_s"] <= 300

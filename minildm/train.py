@@ -14,16 +14,11 @@ from minildm.clip import CLIP, TextEncoder, contrastive_loss
 from minildm.distributed import World, parallel
 from minildm.flow import FlowPath
 from minildm.latents import Dataset, Latents
-from minildm.loop import Fit, Progress, fit, learning_rate, step_generator, watch
+from minildm.loop import Fit, Progress, fit, learning_rate, step_generator, watch  # noqa: F401
 from minildm.machine import conv_format
 from minildm.schedule import NoiseSchedule
 from minildm.unet import UNet
 from minildm.vae import AutoencoderKL, vae_loss
-
-__all__ = [
-    "Dataset", "Fit", "Latents", "Progress", "cache_latents", "diffusion_loss", "fit", "learning_rate", "step_generator",
-    "train_autoencoder", "train_clip", "train_diffusion", "watch",
-]  # fmt: skip
 
 
 def train_autoencoder(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minildm.machine import machine, python
 
+DEMO = {"size": 32, "context_length": 20}  # no caption of one object is longer
 PATIENT = {"vae_steps": 1200, "word_steps": 250, "steps": 4000}  # for pictures that are not as plain as Shapes
 
 
@@ -25,7 +26,7 @@ def run_demo(args: argparse.Namespace) -> None:
     from minildm.shipped import measure
 
     out = args.out or Path("out")
-    trained = _pipeline(args, Shapes(size=32, seed=args.seed), _recipe(args, size=32, context_length=20), out)
+    trained = _pipeline(args, Shapes(size=DEMO["size"], seed=args.seed), _recipe(args, **DEMO), out)
     if trained is None:
         return
     pipe, _, times, _ = trained

@@ -27,6 +27,7 @@ from minildm.recipes import Recipe, train_parts
 from minildm.shapes import Shapes, ShapesBatch
 from minildm.shipped import measure
 from minildm.train import step_generator, watch
+from minildm.trainings import DEMO
 
 RESULTS = Path(__file__).parent / "speedrun.json"
 GOAL, JUDGED = 0.95, 1024
@@ -49,7 +50,7 @@ class Clock:
 
 def recipe_of(seed: int) -> Recipe:
     """That of `make demo`."""
-    return Recipe.small(context_length=20, seed=seed)
+    return Recipe.small(**DEMO, seed=seed)
 
 
 def described() -> dict:

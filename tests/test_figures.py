@@ -116,9 +116,10 @@ PIXELS, BACKBONES = BENCHMARKS / "latent_against_pixels.json", BENCHMARKS / "bac
 FIGURES = [
     Figure(
         "README",
-        "the recipe of `make demo` trained for {:.0f} seconds, the median of three seeds ({:.0f} to {:.0f}); where others share "
-        "the processor it takes longer. Of {:,} fresh captions its samples obeyed {:.1%} in every attribute ({:.1%} to {:.1%}), and {:.1%} where colour and shape had never been "
-        "seen together; its autoencoder's reconstructions, the ceiling, stood at {:.1%}.",
+        "the recipe of `make demo` trained for {:.0f} seconds, the median of three seeds ({:.0f} to {:.0f}); where others "
+        "share the processor it takes longer. Of {:,} fresh captions its samples obeyed {:.1%} in every attribute ({:.1%} to "
+        "{:.1%}), and {:.1%} where colour and shape had never been seen together; its autoencoder's reconstructions, the "
+        "ceiling, stood at {:.1%}.",
         SPEEDRUN,
         speedrun,
     ),

@@ -64,11 +64,10 @@ def ddim(
         prediction = _predict(model, x, t, i)
         x0 = schedule.to_x0(prediction, x, t, prediction_type)
         epsilon = schedule.to_epsilon(prediction, x, t, prediction_type)
-
         variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
         x = (a_next**0.5 * x0).add(epsilon, alpha=(1 - a_next - variance) ** 0.5)
         if variance > 0:
-            x = x + variance**0.5 * _noise_like(x, generator)
+            x = x.add(_noise_like(x, generator), alpha=variance**0.5)
         if callback:
             callback(i, t, x, x0)
     return x
@@ -132,12 +131,11 @@ def ddpm(
     levels = [*schedule.alpha_bar[timesteps].tolist(), 1.0]
     for i, (t, a, a_next) in enumerate(zip(timesteps, levels[:-1], levels[1:], strict=True)):
         x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
-
         beta = 1 - a / a_next  # of the whole jump from a_next to a
-        x = a_next**0.5 * beta / (1 - a) * x0 + (a / a_next) ** 0.5 * (1 - a_next) / (1 - a) * x
+        x = (a_next**0.5 * beta / (1 - a) * x0).add(x, alpha=(a / a_next) ** 0.5 * (1 - a_next) / (1 - a))
         variance = (1 - a_next) / (1 - a) * beta
         if variance > 0:
-            x = x + variance**0.5 * _noise_like(x, generator)
+            x = x.add(_noise_like(x, generator), alpha=variance**0.5)
         if callback:
             callback(i, t, x, x0)
     return x
@@ -163,15 +161,15 @@ def euler(
     """
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    x = x * _start_scale(sigmas[0], spacing, skip)
+    scales, x = _model_scales(sigmas, x), x * _start_scale(sigmas[0], spacing, skip)
     for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
-        x_in = x / (sigma**2 + 1) ** 0.5
+        x_in = x * scales[i]
         prediction = _predict(model, x_in, t, i)
         slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
         x = x.add(slope, alpha=sigma_next - sigma)
         if callback:
             x0 = schedule.to_x0(prediction, x_in, t, prediction_type)
-            callback(i, t, x / (sigma_next**2 + 1) ** 0.5, x0)
+            callback(i, t, x * scales[i + 1], x0)
     return x
 
 
@@ -195,20 +193,20 @@ def heun(
     """
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    x = x * _start_scale(sigmas[0], spacing, skip)
+    scales, x = _model_scales(sigmas, x), x * _start_scale(sigmas[0], spacing, skip)
     for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
-        x_in = x / (sigma**2 + 1) ** 0.5
+        x_in = x * scales[i]
         prediction = _predict(model, x_in, t, i)
         x0 = schedule.to_x0(prediction, x_in, t, prediction_type) if callback else None
         slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
         if sigma_next > 0:
             t_next = timesteps[i + 1]
-            x_in = x.add(slope, alpha=sigma_next - sigma) / (sigma_next**2 + 1) ** 0.5  # where euler would land
+            x_in = x.add(slope, alpha=sigma_next - sigma) * scales[i + 1]  # where euler would land
             prediction = _predict(model, x_in, t_next, i)
-            slope = (slope + schedule.to_epsilon(prediction, x_in, t_next, prediction_type)) / 2
+            slope = slope.lerp(schedule.to_epsilon(prediction, x_in, t_next, prediction_type), 0.5)  # their mean
         x = x.add(slope, alpha=sigma_next - sigma)
         if callback:
-            callback(i, t, x / (sigma_next**2 + 1) ** 0.5, x0)
+            callback(i, t, x * scales[i + 1], x0)
     return x
 
 
@@ -234,16 +232,14 @@ def dpmpp_2m(
     _plan(schedule, steps, spacing, prediction_type, skip)  # for its checks
     timesteps = timesteps_of(dpmpp_2m, schedule, steps, spacing, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    alphas = [(sigma**2 + 1) ** -0.5 for sigma in sigmas]
-    x0_before = None
+    alphas, x0_before = [(sigma**2 + 1) ** -0.5 for sigma in sigmas], None
     for i, t in enumerate(timesteps):
         x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
         ratio = sigmas[i + 1] / sigmas[i]  # exp(-h)
+        target = x0
         if 0 < i < len(timesteps) - 1:
             r = log(sigmas[i - 1] / sigmas[i]) / -log(ratio)  # the last stride in units of this one
             target = x0.add(x0 - x0_before, alpha=1 / (2 * r))
-        else:
-            target = x0
         x = (ratio * alphas[i + 1] / alphas[i] * x).add(target, alpha=alphas[i + 1] * (1 - ratio))
         x0_before = x0
         if callback:
@@ -282,15 +278,14 @@ def _plan(schedule: NoiseSchedule, steps: int, spacing: str, prediction_type: st
 
 def _predict(model: Model, x: Tensor, t: int, step: int) -> Tensor:
     """Ask the model about every sample at one timestep, and stop at an answer that could only spoil the picture."""
-    prediction = model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+    prediction = model(x, torch.full((x.shape[0],), t, device=x.device))
     if prediction.shape != x.shape:
         raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {tuple(prediction.shape)}")
     if not isfinite(prediction.sum(dtype=torch.float32)):  # one NaN or infinity among them spoils the sum
         raise FloatingPointError(
-            f"the model's output holds NaN or Inf at step {step}, timestep {t}; check its weights, or use a wider dtype than "
-            f"{prediction.dtype}"
+            f"the model's output holds NaN or Inf at step {step}, timestep {t}; check its weights, or widen {prediction.dtype}"
         )
-    return prediction.to(x.dtype)
+    return prediction if prediction.dtype == x.dtype else prediction.to(x.dtype)
 
 
 def _noise_like(x: Tensor, generator: Generators) -> Tensor:
@@ -309,6 +304,12 @@ def _sigma_space(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[NoiseSc
         floor = schedule.alpha_bar[-2:-1].div(2).clamp(max=2**-24)
         schedule = NoiseSchedule(alpha_bar=torch.cat([schedule.alpha_bar[:-1], floor]))
     return schedule, [*(1 / schedule.snr(torch.tensor(timesteps))).sqrt().tolist(), 0.0]
+
+
+def _model_scales(sigmas: list[float], x: Tensor) -> Sequence[Tensor | float]:
+    """What x is multiplied by at each sigma before the model sees it: 1 / sqrt(sigma^2 + 1), brought to unit variance."""
+    scales = [(sigma**2 + 1) ** -0.5 for sigma in sigmas]
+    return scales if x.dtype.itemsize < 4 else torch.tensor(scales, dtype=x.dtype, device="cpu").unbind()
 
 
 def _start_scale(sigma: float, spacing: str, skip: int = 0) -> float:

@@ -163,7 +163,7 @@ class NoiseSchedule:
         check_prediction_type(prediction_type)
         alpha, sigma = self._levels(t, x, pred)
         if prediction_type == "epsilon":
-            if not torch.as_tensor(alpha).all():
+            if self._numbers[-1] == 0 and (torch.as_tensor(t) == self.T - 1).any():
                 raise ValueError(
                     'x0 is undefined for "epsilon" where alpha_bar is 0 (zero terminal SNR): the input is pure noise; '
                     'use a model trained with "v_prediction"'
@@ -240,6 +240,11 @@ class NoiseSchedule:
     def _numbers(self) -> list[float]:
         return self.alpha_bar.tolist()
 
+    @cached_property
+    def _single(self) -> list[tuple[Tensor, Tensor]]:
+        """Both weights of every timestep in float32: by a tensor without axes x is multiplied faster than by a number."""
+        return list(zip(self.alpha_bar.sqrt().float(), (1 - self.alpha_bar).sqrt().float(), strict=True))
+
     def _alpha_bar_at(self, t: Tensor | int) -> Tensor:
         t = torch.as_tensor(t, device="cpu")
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
@@ -252,8 +257,9 @@ class NoiseSchedule:
         """Weights of picture and noise, sqrt(alpha_bar) and sqrt(1 - alpha_bar), ready to multiply x."""
         if x.shape != other.shape:
             raise ValueError(f"the two tensors must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
-        if type(t) is int and 0 <= t < self.T:  # as samplers ask, step by step: two numbers are quicker than two tensors
-            return math.sqrt(self._numbers[t]), math.sqrt(1 - self._numbers[t])
+        if type(t) is int and 0 <= t < len(self._numbers):  # as samplers ask, step by step
+            single = x.dtype == other.dtype == torch.float32  # half precision would round them
+            return self._single[t] if single else (math.sqrt(self._numbers[t]), math.sqrt(1 - self._numbers[t]))
         a = self._alpha_bar_at(t)
         if a.ndim and a.shape != x.shape[:1]:
             raise ValueError(f"t must be one integer or one for each of the {len(x)} samples, got shape {tuple(a.shape)}")

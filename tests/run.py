@@ -7,10 +7,10 @@ from pathlib import Path
 
 PYTHON = [sys.executable, "-m"]
 CHAPTERS = sorted(str(path) for path in Path("chapters").glob("[0-9][0-9]_*.ipynb"))
-STEPS = (
+STEPS = (  # the tests in another order each time, the seed of which is printed first
     [*PYTHON, "ruff", "check", "."],
     [*PYTHON, "ruff", "format", "--check", "."],
-    [*PYTHON, "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow", "--durations", "10",
+    [*PYTHON, "pytest", "-p", "randomly", "-n", "2", "--dist", "loadfile", "-m", "not slow", "--durations", "10",
      "--cov", "minildm", "--cov-report", "term-missing:skip-covered", "--cov-fail-under", "90"],
     # Every chapter, run anew from its first cell, puts out what is stored in it; each in a process of its own.
     [*PYTHON, "pytest", "--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", "--nbval-current-env",

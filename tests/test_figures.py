@@ -92,6 +92,11 @@ def with_epsilon(report: dict) -> list:
     return [best(report, "unet", "epsilon"), 100 * ground, best(report, "dit", "epsilon")]
 
 
+def minutes(report: dict) -> list:
+    seconds = [run["training_s"] for kinds in report["runs"].values() for seeds in kinds.values() for run in seeds.values()]
+    return [min(seconds) / 60, max(seconds) / 60]
+
+
 def shipped(about: dict) -> list:
     samples, unseen = about["figures"]["samples"], about["figures"]["held_out_samples"]
     return [samples["count"], unseen["count"], samples["all_correct"], unseen["all_correct"]]
@@ -142,6 +147,7 @@ FIGURES = [
         at_64,
     ),
     Figure("13", "the ratio is {:.1f} in operations and {:.1f} in seconds", PIXELS, with_first_stage),
+    Figure("18", "by `tests/benchmarks/backbones.py`, {:.1f} to {:.1f} minutes each", BACKBONES, minutes),
     Figure("18", "{:.2f} and {:.2f} with $v$, {:.2f} and {:.2f} with flow", BACKBONES, both),
     Figure(
         "18",

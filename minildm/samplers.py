@@ -2,7 +2,7 @@
 
 A sampler knows nothing of networks: it calls `model(x, t) -> prediction` and does arithmetic on what comes back.  All of them
 take the same arguments, start from standard normal noise and return clean latents, so that one can be swapped for another.
-(`x.add(y, alpha=c)` is x + c * y in one operation, where there would be two.)
+(`x.add(y, alpha=c)` is x + c * y in one operation; tensors without axes multiply faster than numbers, but round as x does.)
 """
 
 from collections.abc import Callable, Sequence
@@ -132,7 +132,7 @@ def ddpm(
     for i, (t, a, a_next) in enumerate(zip(timesteps, levels[:-1], levels[1:], strict=True)):
         x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
         beta = 1 - a / a_next  # of the whole jump from a_next to a
-        x = (a_next**0.5 * beta / (1 - a) * x0).add(x, alpha=(a / a_next) ** 0.5 * (1 - a_next) / (1 - a))
+        x = ((a / a_next) ** 0.5 * (1 - a_next) / (1 - a) * x).add(x0, alpha=a_next**0.5 * beta / (1 - a))
         variance = (1 - a_next) / (1 - a) * beta
         if variance > 0:
             x = x.add(_noise_like(x, generator), alpha=variance**0.5)
@@ -168,8 +168,7 @@ def euler(
         slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
         x = x.add(slope, alpha=sigma_next - sigma)
         if callback:
-            x0 = schedule.to_x0(prediction, x_in, t, prediction_type)
-            callback(i, t, x * scales[i + 1], x0)
+            callback(i, t, x * scales[i + 1], schedule.to_x0(prediction, x_in, t, prediction_type))
     return x
 
 
@@ -232,7 +231,8 @@ def dpmpp_2m(
     _plan(schedule, steps, spacing, prediction_type, skip)  # for its checks
     timesteps = timesteps_of(dpmpp_2m, schedule, steps, spacing, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    alphas, x0_before = [(sigma**2 + 1) ** -0.5 for sigma in sigmas], None
+    alphas = [(sigma**2 + 1) ** -0.5 for sigma in sigmas]
+    x0_before = None
     for i, t in enumerate(timesteps):
         x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
         ratio = sigmas[i + 1] / sigmas[i]  # exp(-h)
@@ -278,7 +278,7 @@ def _plan(schedule: NoiseSchedule, steps: int, spacing: str, prediction_type: st
 
 def _predict(model: Model, x: Tensor, t: int, step: int) -> Tensor:
     """Ask the model about every sample at one timestep, and stop at an answer that could only spoil the picture."""
-    prediction = model(x, torch.full((x.shape[0],), t, device=x.device))
+    prediction = model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
     if prediction.shape != x.shape:
         raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {tuple(prediction.shape)}")
     if not isfinite(prediction.sum(dtype=torch.float32)):  # one NaN or infinity among them spoils the sum
@@ -309,7 +309,7 @@ def _sigma_space(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[NoiseSc
 def _model_scales(sigmas: list[float], x: Tensor) -> Sequence[Tensor | float]:
     """What x is multiplied by at each sigma before the model sees it: 1 / sqrt(sigma^2 + 1), brought to unit variance."""
     scales = [(sigma**2 + 1) ** -0.5 for sigma in sigmas]
-    return scales if x.dtype.itemsize < 4 else torch.tensor(scales, dtype=x.dtype, device="cpu").unbind()
+    return torch.tensor(scales, dtype=x.dtype, device="cpu").unbind() if x.dtype in (torch.float32, torch.float64) else scales
 
 
 def _start_scale(sigma: float, spacing: str, skip: int = 0) -> float:

@@ -163,7 +163,7 @@ class NoiseSchedule:
         check_prediction_type(prediction_type)
         alpha, sigma = self._levels(t, x, pred)
         if prediction_type == "epsilon":
-            if self._numbers[-1] == 0 and (torch.as_tensor(t) == self.T - 1).any():
+            if not (alpha if type(t) is int else alpha.all()):
                 raise ValueError(
                     'x0 is undefined for "epsilon" where alpha_bar is 0 (zero terminal SNR): the input is pure noise; '
                     'use a model trained with "v_prediction"'
@@ -240,11 +240,6 @@ class NoiseSchedule:
     def _numbers(self) -> list[float]:
         return self.alpha_bar.tolist()
 
-    @cached_property
-    def _single(self) -> list[tuple[Tensor, Tensor]]:
-        """Both weights of every timestep in float32: by a tensor without axes x is multiplied faster than by a number."""
-        return list(zip(self.alpha_bar.sqrt().float(), (1 - self.alpha_bar).sqrt().float(), strict=True))
-
     def _alpha_bar_at(self, t: Tensor | int) -> Tensor:
         t = torch.as_tensor(t, device="cpu")
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
@@ -258,8 +253,10 @@ class NoiseSchedule:
         if x.shape != other.shape:
             raise ValueError(f"the two tensors must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
         if type(t) is int and 0 <= t < len(self._numbers):  # as samplers ask, step by step
-            single = x.dtype == other.dtype == torch.float32  # half precision would round them
-            return self._single[t] if single else (math.sqrt(self._numbers[t]), math.sqrt(1 - self._numbers[t]))
+            alpha, sigma = math.sqrt(self._numbers[t]), math.sqrt(1 - self._numbers[t])
+            if x.dtype == other.dtype == torch.float32:  # which a tensor without axes multiplies faster than a number does
+                return tuple(torch.full((), weight, dtype=x.dtype, device="cpu") for weight in (alpha, sigma))
+            return alpha, sigma
         a = self._alpha_bar_at(t)
         if a.ndim and a.shape != x.shape[:1]:
             raise ValueError(f"t must be one integer or one for each of the {len(x)} samples, got shape {tuple(a.shape)}")

@@ -145,9 +145,10 @@ def test_one_timestep_for_all_or_one_each(t):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_plain_number_gives_what_a_tensor_of_it_gives(name, prediction_type):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_plain_number_gives_what_a_tensor_of_it_gives(name, prediction_type, dtype):
     schedule = SCHEDULES[name]
-    x, pred = latents(2, 4, 3, 3), latents(2, 4, 3, 3, seed=1)
+    x, pred = (latents(2, 4, 3, 3, seed=seed, dtype=dtype) for seed in (0, 1))
     for t in (0, schedule.T // 2, schedule.T - 1):
         for convert in (schedule.add_noise, schedule.velocity):
             assert torch.equal(convert(x, pred, t), convert(x, pred, torch.tensor(t)))
@@ -243,3 +244,15 @@ X, T3 = torch.zeros(3, 4, 2, 2), torch.tensor([1, 2, 3])
 def test_errors_name_what_was_given(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_gradients_pass_after_inference():
+    schedule = NoiseSchedule.scaled_linear()
+    x0, noise = (latents(2, 4, 3, 3, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    with torch.inference_mode():
+        expected = schedule.add_noise(x0, noise, 500)
+    x0.requires_grad_()
+    noisy = schedule.add_noise(x0, noise, 500)
+    assert torch.equal(noisy, expected)
+    noisy.sum().backward()
+    assert_close(x0.grad, torch.full_like(x0, schedule.alpha_bar[500].sqrt().item()))

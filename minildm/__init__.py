@@ -11,8 +11,8 @@ def load(name_or_dir: str, vocabulary: str | None = None, prediction_type: str |
     """Opens a text-to-image model.
 
     Args:
-        name_or_dir: "shapes32" or "shapes64", which come with the package; a folder that minildm wrote; a folder in the
-            diffusers layout; a single `.safetensors` or `.ckpt` in the CompVis layout; or the name of a model on the hub,
+        name_or_dir: "shapes32", "shapes64" or "emoji", which come with the package; a folder that minildm wrote; a folder in
+            the diffusers layout; a single `.safetensors` or `.ckpt` in the CompVis layout; or the name of a model on the hub,
             "owner/model", which is fetched.
         vocabulary: CLIP's, for a single file, which does not hold it; looked for beside the file if None.
         prediction_type: for a single file, which does not say it; guessed, with a warning where that is uncertain, if None.

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("-o", "--out", type=Path, default=Path("out/sample.png"), help="picture to write")
     sample.set_defaults(run=run_sample)
 
-    ship = commands.add_parser("ship", help="make a model that comes with the package anew, or emoji, which does not")
+    ship = commands.add_parser("ship", help="make a model that comes with the package anew")
     ship.add_argument("name", choices=["shapes32", "shapes64", "emoji"])
     ship.add_argument("--seed", type=int, default=0)
     ship.add_argument("--judged", type=_at_least_one, default=512, help="how many samples are judged (default: 512)")

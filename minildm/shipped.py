@@ -58,7 +58,7 @@ def shapes64(seed: int = 0) -> tuple[Shapes, Recipe]:
 
 
 def emoji(seed: int = 0) -> tuple[Emoji, Recipe]:
-    """Every emoji of the system's font on 32 x 32 pixels, by name: few enough to be learned by heart.  Made, not shipped."""
+    """Every emoji of the system's font on 32 x 32 pixels, by name: few enough to be learned by heart."""
     recipe = Recipe.small(vae_steps=2500, steps=4000, seed=seed)
     return Emoji(size=32), dataclasses.replace(
         recipe,

@@ -65,6 +65,11 @@ def apart(about: dict) -> list:
     return [samples["count"], samples["all_correct"], unseen["all_correct"]]
 
 
+def by_heart(about: dict) -> list:
+    figures = about["figures"]
+    return [figures["count"], figures["nearest_is_its_own"], about["choices"]["dataset_size"]]
+
+
 def at_64(report: dict) -> list:
     pixels, latents = report["runs"]["pixels"]["64"], report["runs"]["latents"]["64"]
     training, step, sample = (
@@ -114,7 +119,7 @@ def without_critic(about: dict) -> list:
     return [1 - mse / mse_gan, sharpness, sharpness_gan]
 
 
-SHAPES32, SHAPES64 = (WEIGHTS / name / "model.safetensors" for name in ("shapes32", "shapes64"))
+SHAPES32, SHAPES64, EMOJI = (WEIGHTS / name / "model.safetensors" for name in ("shapes32", "shapes64", "emoji"))
 SPEEDRUN = BENCHMARKS / "speedrun.json"
 MSE, GAN = (WEIGHTS / f"autoencoder-emoji32-{loss}.safetensors" for loss in ("mse", "gan"))
 PIXELS, BACKBONES = BENCHMARKS / "latent_against_pixels.json", BENCHMARKS / "backbones.json"
@@ -129,6 +134,8 @@ FIGURES = [
         speedrun,
     ),
     Figure("README", "of {} fresh captions its samples obeyed {:.1%} in every attribute, {:.1%} where", SHAPES64, apart),
+    Figure("README", "of {} samples {:.0%} are nearer to the training picture of their caption than to any other of the {:,}",
+           EMOJI, by_heart),
     Figure("08", "{:.0%} of its samples have every attribute right", SHAPES64, lambda about: apart(about)[1:2]),
     Figure("03", "MSE lower by {:.0%}, sharpness {:.2f} in place of {:.2f}", GAN, without_critic),
     Figure("07", "`shapes32` ships with the course: {:,} steps of training", SHAPES32, trained),

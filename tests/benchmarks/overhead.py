@@ -37,7 +37,10 @@ def samplers(quick: bool) -> dict:
         a_step = {side: [1e6 * seconds / STEPS for seconds in numbers] for side, numbers in taken.items()}
         each[name] = compared(samplers.__doc__, a_step, goal=0.25, unit="microseconds a step")
     noise = turns({OURS: lambda: torch.randn(x.shape, device=DEVICE)}, 25, calls=STEPS)[OURS]
-    each["ddpm"]["of which the noise that both draw"] = 1e6 * statistics.median(noise)
+    drawing = each["ddpm"]["of which the noise that both draw"] = 1e6 * statistics.median(noise)
+    if HAS_REFERENCE:
+        ours_alone, theirs_alone = (each["ddpm"]["contestants"][side]["median"] - drawing for side in (OURS, REFERENCE))
+        each["ddpm"]["ratio without that noise"] = ours_alone / theirs_alone
     worst = max(each, key=lambda name: each[name]["ratio"] or 0)
     return each[worst] | {"by sampler": each, "worst": worst}
 

@@ -126,7 +126,7 @@ def _pipeline(args: argparse.Namespace, dataset, recipe, out: Path):
     from minildm.train import watch
 
     world = join()
-    checkpoints, origin = out / "checkpoints", getattr(args, "dataset", "shapes")
+    checkpoints, origin = out / "checkpoints", getattr(args, "dataset", dataset.name)
     origin = str(Path(origin).resolve()) if Path(origin).exists() else origin
     described = json.dumps({"dataset": origin, "dataset_size": len(dataset), **dataclasses.asdict(recipe)}, indent=1)
     _claim(checkpoints / "recipe.json", described, writes=world.rank == 0)

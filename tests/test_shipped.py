@@ -72,6 +72,7 @@ def test_its_file_says_how_it_was_made(name):
     assert Fit(**chosen) == recipe.second  # what Fit has learned since is at its default
     assert json.loads(said["choices"])["unet"]["widths"] == list(recipe.unet.widths)
     assert {"torch", "python", "processor", "minildm"} <= set(said)
+    assert json.loads(said["choices"])["dataset"] == ("emoji" if name == "emoji" else "shapes")
 
 
 class Parrot:

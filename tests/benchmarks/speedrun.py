@@ -84,8 +84,9 @@ def opponent(trained, budget: float) -> dict:
     8 x 8 latents: it has no space-to-depth, so its autoencoder begins at full width.  AdamW at 1e-4 with betas 0.9 and 0.999,
     noise predicted on Stable Diffusion's schedule, batches of 32 as ours.  The example tunes a large model that is trained
     already; nothing here is tuned for a small one that is not.  Its text encoder is ours when trained, for nothing: its time is
-    left out on both sides, and its tokens are computed once.  They reach the U-Net by cross-attention alone, since this class
-    adds no pooled text.  The autoencoder is trained until 99 % of its reconstructions are read right, or for half of the
+    left out on both sides, and its tokens are computed once.  They reach the U-Net by cross-attention alone, as in the example;
+    ours has pooled text as well, which this class could be told to add, and its weights are averaged, which the example leaves
+    to its user.  The autoencoder is trained until 99 % of its reconstructions are read right, or for half of the
     budget; then the U-Net, judged every 1,000 steps (which is not counted) on 256 captions at the best of four guidance
     scales, DDIM in 50 steps; and at the end on as many as ours.
     """

@@ -2,7 +2,7 @@
 
 A sampler knows nothing of networks: it calls `model(x, t) -> prediction` and does arithmetic on what comes back.  All of them
 take the same arguments, start from standard normal noise and return clean latents, so that one can be swapped for another.
-(`x.add(y, alpha=c)` is x + c * y in one operation; tensors without axes multiply faster than numbers, but round as x does.)
+(`x.add(y, alpha=c)` is x + c * y in one operation, where there would be two.)
 """
 
 from collections.abc import Callable, Sequence
@@ -64,6 +64,7 @@ def ddim(
         prediction = _predict(model, x, t, i)
         x0 = schedule.to_x0(prediction, x, t, prediction_type)
         epsilon = schedule.to_epsilon(prediction, x, t, prediction_type)
+
         variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
         x = (a_next**0.5 * x0).add(epsilon, alpha=(1 - a_next - variance) ** 0.5)
         if variance > 0:
@@ -131,6 +132,7 @@ def ddpm(
     levels = [*schedule.alpha_bar[timesteps].tolist(), 1.0]
     for i, (t, a, a_next) in enumerate(zip(timesteps, levels[:-1], levels[1:], strict=True)):
         x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
+
         beta = 1 - a / a_next  # of the whole jump from a_next to a
         x = ((a / a_next) ** 0.5 * (1 - a_next) / (1 - a) * x).add(x0, alpha=a_next**0.5 * beta / (1 - a))
         variance = (1 - a_next) / (1 - a) * beta
@@ -161,14 +163,15 @@ def euler(
     """
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    scales, x = _model_scales(sigmas, x), x * _start_scale(sigmas[0], spacing, skip)
+    x = x * _start_scale(sigmas[0], spacing, skip)
     for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
-        x_in = x * scales[i]
+        x_in = x / (sigma**2 + 1) ** 0.5
         prediction = _predict(model, x_in, t, i)
         slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
         x = x.add(slope, alpha=sigma_next - sigma)
         if callback:
-            callback(i, t, x * scales[i + 1], schedule.to_x0(prediction, x_in, t, prediction_type))
+            x0 = schedule.to_x0(prediction, x_in, t, prediction_type)
+            callback(i, t, x / (sigma_next**2 + 1) ** 0.5, x0)
     return x
 
 
@@ -192,20 +195,20 @@ def heun(
     """
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    scales, x = _model_scales(sigmas, x), x * _start_scale(sigmas[0], spacing, skip)
+    x = x * _start_scale(sigmas[0], spacing, skip)
     for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
-        x_in = x * scales[i]
+        x_in = x / (sigma**2 + 1) ** 0.5
         prediction = _predict(model, x_in, t, i)
         x0 = schedule.to_x0(prediction, x_in, t, prediction_type) if callback else None
         slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
         if sigma_next > 0:
             t_next = timesteps[i + 1]
-            x_in = x.add(slope, alpha=sigma_next - sigma) * scales[i + 1]  # where euler would land
+            x_in = x.add(slope, alpha=sigma_next - sigma) / (sigma_next**2 + 1) ** 0.5  # where euler would land
             prediction = _predict(model, x_in, t_next, i)
             slope = slope.lerp(schedule.to_epsilon(prediction, x_in, t_next, prediction_type), 0.5)  # their mean
         x = x.add(slope, alpha=sigma_next - sigma)
         if callback:
-            callback(i, t, x * scales[i + 1], x0)
+            callback(i, t, x / (sigma_next**2 + 1) ** 0.5, x0)
     return x
 
 
@@ -236,10 +239,11 @@ def dpmpp_2m(
     for i, t in enumerate(timesteps):
         x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
         ratio = sigmas[i + 1] / sigmas[i]  # exp(-h)
-        target = x0
         if 0 < i < len(timesteps) - 1:
             r = log(sigmas[i - 1] / sigmas[i]) / -log(ratio)  # the last stride in units of this one
             target = x0.add(x0 - x0_before, alpha=1 / (2 * r))
+        else:
+            target = x0
         x = (ratio * alphas[i + 1] / alphas[i] * x).add(target, alpha=alphas[i + 1] * (1 - ratio))
         x0_before = x0
         if callback:
@@ -283,7 +287,8 @@ def _predict(model: Model, x: Tensor, t: int, step: int) -> Tensor:
         raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {tuple(prediction.shape)}")
     if not isfinite(prediction.sum(dtype=torch.float32)):  # one NaN or infinity among them spoils the sum
         raise FloatingPointError(
-            f"the model's output holds NaN or Inf at step {step}, timestep {t}; check its weights, or widen {prediction.dtype}"
+            f"the model's output holds NaN or Inf at step {step}, timestep {t}; check its weights, or use a wider dtype than "
+            f"{prediction.dtype}"
         )
     return prediction if prediction.dtype == x.dtype else prediction.to(x.dtype)
 
@@ -304,12 +309,6 @@ def _sigma_space(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[NoiseSc
         floor = schedule.alpha_bar[-2:-1].div(2).clamp(max=2**-24)
         schedule = NoiseSchedule(alpha_bar=torch.cat([schedule.alpha_bar[:-1], floor]))
     return schedule, [*(1 / schedule.snr(torch.tensor(timesteps))).sqrt().tolist(), 0.0]
-
-
-def _model_scales(sigmas: list[float], x: Tensor) -> Sequence[Tensor | float]:
-    """What x is multiplied by at each sigma before the model sees it: 1 / sqrt(sigma^2 + 1), brought to unit variance."""
-    scales = [(sigma**2 + 1) ** -0.5 for sigma in sigmas]
-    return torch.tensor(scales, dtype=x.dtype, device="cpu").unbind() if x.dtype in (torch.float32, torch.float64) else scales
 
 
 def _start_scale(sigma: float, spacing: str, skip: int = 0) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PYTHON = [sys.executable, "-m"]
 CHAPTERS = sorted(str(path) for path in Path("chapters").glob("[0-9][0-9]_*.ipynb"))
-STEPS = (  # the tests in another order each time, the seed of which is printed first
+STEPS = (  # tests in a new order each time; the seed is printed first: pytest -p randomly --randomly-seed=N repeats it
     [*PYTHON, "ruff", "check", "."],
     [*PYTHON, "ruff", "format", "--check", "."],
     [*PYTHON, "pytest", "-p", "randomly", "-n", "2", "--dist", "loadfile", "-m", "not slow", "--durations", "10",

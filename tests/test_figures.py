@@ -21,7 +21,7 @@ from minildm.trainings import DEMO
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "tests" / "benchmarks"
-README = (ROOT / "README.md").read_text()
+README, MEASURED = (ROOT / "README.md").read_text(), (BENCHMARKS / "README.md").read_text()
 CHAPTERS = {path.stem[:2]: json.loads(path.read_text()) for path in sorted((ROOT / "chapters").glob("*.ipynb"))}
 
 
@@ -29,7 +29,7 @@ CHAPTERS = {path.stem[:2]: json.loads(path.read_text()) for path in sorted((ROOT
 class Figure:
     """A sentence with gaps, and what goes into them: all that `values` takes from the file, in order."""
 
-    where: str  # "README", or a chapter's number
+    where: str  # "README", "MEASURED" (tests/benchmarks/README.md), or a chapter's number
     sentence: str
     file: Path
     values: Callable[[dict], list]
@@ -74,6 +74,16 @@ def apart(about: dict) -> list:
 def by_heart(about: dict) -> list:
     figures = about["figures"]
     return [figures["count"], figures["nearest_is_its_own"], about["choices"]["dataset_size"]]
+
+
+def errors(about: dict) -> list:
+    return [about["figures"][f"{what}_rms"] for what in ("samples", "reconstructions")]
+
+
+def ratios(report: dict) -> list:
+    named = [report[name]["ratio"] for name in ("sd15", "decode", "imports", "unet_step")]
+    each = report["samplers"]["by sampler"]
+    return [*named, *(f([s["ratio"] for s in each.values()]) for f in (min, max)), each["ddpm"]["ratio without that noise"]]
 
 
 def at_64(report: dict) -> list:
@@ -126,7 +136,7 @@ def without_critic(about: dict) -> list:
 
 
 SHAPES32, SHAPES64, EMOJI = (WEIGHTS / name / "model.safetensors" for name in ("shapes32", "shapes64", "emoji"))
-SPEEDRUN = BENCHMARKS / "speedrun.json"
+SPEEDRUN, RATIOS = BENCHMARKS / "speedrun.json", BENCHMARKS / "results-cpu.json"
 MSE, GAN = (WEIGHTS / f"autoencoder-emoji32-{loss}.safetensors" for loss in ("mse", "gan"))
 PIXELS, BACKBONES = BENCHMARKS / "latent_against_pixels.json", BENCHMARKS / "backbones.json"
 FIGURES = [
@@ -149,6 +159,14 @@ FIGURES = [
     Figure("README", "of {} fresh captions its samples obeyed {:.1%} in every attribute, {:.1%} where", SHAPES64, apart),
     Figure("README", "of {} samples {:.0%} are nearer to the training picture of their caption than to any other of the {:,}",
            EMOJI, by_heart),
+    Figure("MEASURED", "(a median error of {:.3f} against {:.3f}, in the model's file)", EMOJI, errors),
+    Figure(
+        "MEASURED",
+        "U-Net at {:.2f} of the reference's time, its decoder at {:.2f}, the import at {:.2f}; the small U-Net at {:.2f} in "
+        "place of 0.8; the samplers at {:.2f} to {:.2f} in place of 0.25, `ddpm` at {:.2f} without the noise that both draw.",
+        RATIOS,
+        ratios,
+    ),
     Figure("08", "{:.0%} of its samples have every attribute right", SHAPES64, lambda about: apart(about)[1:2]),
     Figure("03", "MSE lower by {:.0%}, sharpness {:.2f} in place of {:.2f}", GAN, without_critic),
     Figure("07", "`shapes32` ships with the course: {:,} steps of training", SHAPES32, trained),
@@ -192,8 +210,8 @@ def plain(text: str) -> str:
 
 def prose(where: str) -> str:
     """What is written there."""
-    if where == "README":
-        return plain(README)
+    if where in ("README", "MEASURED"):
+        return plain(README if where == "README" else MEASURED)
     return plain("\n\n".join("".join(c["source"]) for c in CHAPTERS[where]["cells"] if c["cell_type"] == "markdown"))
 
 
@@ -243,6 +261,8 @@ def test_the_speedrun_is_of_the_recipe_that_make_demo_follows():
     assert both["threads"] == 1
     times = both["theirs"]["processor_s"] / both["ours"]["without_text_encoder_s"]
     assert times >= 5
+    first = max(point["processor_s"] for point in both["theirs"]["curve"] if "reconstructions" in point)
+    assert 0.45 < first / both["theirs"]["processor_s"] < 0.55  # "half of that time went into their autoencoder"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

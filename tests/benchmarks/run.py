@@ -1,6 +1,6 @@
 """`make bench`: ours and the reference library side by side on this machine, in turns, as medians and ratios.
 
-    python tests/benchmarks/run.py                       # all of it: about ten minutes on two cores
+    python tests/benchmarks/run.py                       # all of it: about twenty minutes on two cores
     python tests/benchmarks/run.py --only sd15 decode    # some; the rest of the file stays as it is
     python tests/benchmarks/run.py --quick               # whether all of it runs: small inputs, few rounds, another file
 

@@ -2,12 +2,14 @@
 
 A sampler knows nothing of networks: it calls `model(x, t) -> prediction` and does arithmetic on what comes back.  All of them
 take the same arguments, start from standard normal noise and return clean latents, so that one can be swapped for another.
+
+Between two calls of the model all is linear: x0, epsilon and the next x are so much of x and so much of the prediction.  How
+much is numbers, worked out for all steps beforehand; on the tensors a step is then one product and one sum.
 (`x.add(y, alpha=c)` is x + c * y in one operation, where there would be two.)
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from math import isfinite, log
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -18,20 +20,14 @@ Model = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
+X = torch.tensor([[1.0], [0.0]], dtype=torch.float64, device="cpu")  # x itself in numbers: all of it, none of the prediction
+
 
 @torch.no_grad()
 def ddim(
-    model: Model,
-    x: Tensor,
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    eta: float = 0.0,
-    prediction_type: str = "epsilon",
-    spacing: str = "leading",
-    generator: Generators = None,
-    callback: Callback | None = None,
-    skip: int = 0,
-) -> Tensor:
+    model: Model, x: Tensor, schedule: NoiseSchedule, steps: int = 50, eta: float = 0.0, prediction_type: str = "epsilon",
+    spacing: str = "leading", generator: Generators = None, callback: Callback | None = None, skip: int = 0,
+) -> Tensor:  # fmt: skip
     """Sample by jumping from one noise level to a much lower one along the predicted x0.  Song et al. 2021a, eqs. 12 and 16.
 
     Args:
@@ -54,35 +50,24 @@ def ddim(
     Raises:
         ValueError: an argument is out of range or unknown; the model's output is not shaped as x; a list of generators is not
             one a sample; or the model predicts "epsilon" and a timestep to be visited is pure noise (zero terminal SNR).
-        FloatingPointError: the model's output holds a NaN or an infinity; says at which step.
+        FloatingPointError: the model's first output, or what all steps have come to, holds a NaN or an infinity; says which.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}; 0 is deterministic, 1 as noisy as ddpm")
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
-    levels = schedule.alpha_bar[[*timesteps, 0]].tolist()
-    for i, (t, a, a_next) in enumerate(zip(timesteps, levels[:-1], levels[1:], strict=True)):
-        prediction = _predict(model, x, t, i)
-        x0 = schedule.to_x0(prediction, x, t, prediction_type)
-        epsilon = schedule.to_epsilon(prediction, x, t, prediction_type)
-
-        variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
-        x = (a_next**0.5 * x0).add(epsilon, alpha=(1 - a_next - variance) ** 0.5)
-        if variance > 0:
-            x = x.add(_noise_like(x, generator), alpha=variance**0.5)
-        if callback:
-            callback(i, t, x, x0)
-    return x
+    a, a_next = schedule.alpha_bar[timesteps], schedule.alpha_bar[[*timesteps[1:], 0]]
+    variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
+    x0 = _in_numbers(schedule.to_x0, timesteps, prediction_type)
+    epsilon = _in_numbers(schedule.to_epsilon, timesteps, prediction_type)
+    step = a_next.sqrt() * x0 + (1 - a_next - variance).sqrt() * epsilon
+    return _walk(model, x, schedule, timesteps, prediction_type, step, variance, generator, callback)
 
 
 @torch.no_grad()
 def ddim_invert(
-    model: Model,
-    x0: Tensor,
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    prediction_type: str = "epsilon",
+    model: Model, x0: Tensor, schedule: NoiseSchedule, steps: int = 50, prediction_type: str = "epsilon",
     spacing: str = "leading",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Run ddim backwards, from clean latents to the noise that ddim turns into them.  Song et al. 2021a, section 4.3.
 
     Each step trusts that the model says the same of x before and after it, so the way back is close, not exact: the error falls
@@ -99,29 +84,19 @@ def ddim_invert(
     Raises:
         ValueError, FloatingPointError: as ddim.
     """
-    x = x0
     timesteps = _plan(schedule, steps, spacing, prediction_type)[::-1]
-    for i, (t, t_next) in enumerate(pairwise([0, *timesteps])):
-        a_next = schedule.alpha_bar[t_next].item()
-        prediction = _predict(model, x, t_next, i)  # asked where ddim will ask, of an x still a step cleaner
-        x0 = schedule.to_x0(prediction, x, t, prediction_type)
-        epsilon = schedule.to_epsilon(prediction, x, t, prediction_type)
-        x = a_next**0.5 * x0 + (1 - a_next) ** 0.5 * epsilon
-    return x
+    x, a_next, left = x0, schedule.alpha_bar[timesteps], [0, *timesteps[:-1]]
+    x0 = _in_numbers(schedule.to_x0, left, prediction_type)
+    epsilon = _in_numbers(schedule.to_epsilon, left, prediction_type)
+    step = a_next.sqrt() * x0 + (1 - a_next).sqrt() * epsilon
+    return _walk(model, x, schedule, timesteps, prediction_type, step)  # asked where ddim asks, of an x still a step cleaner
 
 
 @torch.no_grad()
 def ddpm(
-    model: Model,
-    x: Tensor,
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    prediction_type: str = "epsilon",
-    spacing: str = "leading",
-    generator: Generators = None,
-    callback: Callback | None = None,
-    skip: int = 0,
-) -> Tensor:
+    model: Model, x: Tensor, schedule: NoiseSchedule, steps: int = 50, prediction_type: str = "epsilon",
+    spacing: str = "leading", generator: Generators = None, callback: Callback | None = None, skip: int = 0,
+) -> Tensor:  # fmt: skip
     """Sample by drawing each less noisy x from its posterior given the predicted x0.  Ho et al. 2020, eqs. 6 and 7.
 
     With steps = T this is the paper's algorithm 2 with its smaller variance; with fewer, the same between visited timesteps.
@@ -129,32 +104,20 @@ def ddpm(
     Args and Raises: as ddim.
     """
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
-    levels = [*schedule.alpha_bar[timesteps].tolist(), 1.0]
-    for i, (t, a, a_next) in enumerate(zip(timesteps, levels[:-1], levels[1:], strict=True)):
-        x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
-
-        beta = 1 - a / a_next  # of the whole jump from a_next to a
-        x = ((a / a_next) ** 0.5 * (1 - a_next) / (1 - a) * x).add(x0, alpha=a_next**0.5 * beta / (1 - a))
-        variance = (1 - a_next) / (1 - a) * beta
-        if variance > 0:
-            x = x.add(_noise_like(x, generator), alpha=variance**0.5)
-        if callback:
-            callback(i, t, x, x0)
-    return x
+    a = schedule.alpha_bar[timesteps]
+    a_next = torch.cat([a[1:], a.new_ones(1)])
+    beta = 1 - a / a_next  # of the whole jump from a_next to a
+    x0 = _in_numbers(schedule.to_x0, timesteps, prediction_type)
+    mean = (a / a_next).sqrt() * (1 - a_next) / (1 - a) * X + a_next.sqrt() * beta / (1 - a) * x0
+    variance = (1 - a_next) / (1 - a) * beta
+    return _walk(model, x, schedule, timesteps, prediction_type, mean, variance, generator, callback)
 
 
 @torch.no_grad()
 def euler(
-    model: Model,
-    x: Tensor,
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    prediction_type: str = "epsilon",
-    spacing: str = "leading",
-    generator: Generators = None,
-    callback: Callback | None = None,
-    skip: int = 0,
-) -> Tensor:
+    model: Model, x: Tensor, schedule: NoiseSchedule, steps: int = 50, prediction_type: str = "epsilon",
+    spacing: str = "leading", generator: Generators = None, callback: Callback | None = None, skip: int = 0,
+) -> Tensor:  # fmt: skip
     """Sample by following the slope, dx / dsigma = epsilon, in straight lines to sigma = 0.  Karras et al. 2022, section 3.
 
     In this space x is picture plus sigma times noise; divided by sqrt(sigma^2 + 1) it is what the model is used to.
@@ -163,30 +126,17 @@ def euler(
     """
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    x = x * _start_scale(sigmas[0], spacing, skip)
-    for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
-        x_in = x / (sigma**2 + 1) ** 0.5
-        prediction = _predict(model, x_in, t, i)
-        slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
-        x = x.add(slope, alpha=sigma_next - sigma)
-        if callback:
-            x0 = schedule.to_x0(prediction, x_in, t, prediction_type)
-            callback(i, t, x / (sigma_next**2 + 1) ** 0.5, x0)
-    return x
+    alphas = (sigmas**2 + 1).rsqrt()
+    slope = _in_numbers(schedule.to_epsilon, timesteps, prediction_type)
+    step = alphas[1:] * (X / alphas[:-1] + sigmas.diff() * slope)
+    return _walk(model, _start(x, sigmas[0], spacing, skip), schedule, timesteps, prediction_type, step, callback=callback)
 
 
 @torch.no_grad()
 def heun(
-    model: Model,
-    x: Tensor,
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    prediction_type: str = "epsilon",
-    spacing: str = "leading",
-    generator: Generators = None,
-    callback: Callback | None = None,
-    skip: int = 0,
-) -> Tensor:
+    model: Model, x: Tensor, schedule: NoiseSchedule, steps: int = 50, prediction_type: str = "epsilon",
+    spacing: str = "leading", generator: Generators = None, callback: Callback | None = None, skip: int = 0,
+) -> Tensor:  # fmt: skip
     """Sample as euler does, but along the mean of the slopes at both ends of a step.  Karras et al. 2022, algorithm 1.
 
     The model is called 2 * steps - 1 times: the last step, to sigma = 0 where there is no slope, is euler's.
@@ -195,35 +145,26 @@ def heun(
     """
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    x = x * _start_scale(sigmas[0], spacing, skip)
-    for i, (t, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
-        x_in = x / (sigma**2 + 1) ** 0.5
-        prediction = _predict(model, x_in, t, i)
-        x0 = schedule.to_x0(prediction, x_in, t, prediction_type) if callback else None
-        slope = schedule.to_epsilon(prediction, x_in, t, prediction_type)
-        if sigma_next > 0:
-            t_next = timesteps[i + 1]
-            x_in = x.add(slope, alpha=sigma_next - sigma) / (sigma_next**2 + 1) ** 0.5  # where euler would land
-            prediction = _predict(model, x_in, t_next, i)
-            slope = slope.lerp(schedule.to_epsilon(prediction, x_in, t_next, prediction_type), 0.5)  # their mean
-        x = x.add(slope, alpha=sigma_next - sigma)
+    alphas, x, times = (sigmas**2 + 1).rsqrt(), _start(x, sigmas[0], spacing, skip), _times(timesteps, x)
+    keeps, strides = (alphas[1:] / alphas[:-1]).tolist(), (alphas[1:] * sigmas.diff()).tolist()
+    for i, (t, keep, stride) in enumerate(zip(timesteps, keeps, strides, strict=True)):
+        prediction = _predict(model, x, times[i], i)
+        x0 = schedule.to_x0(prediction, x, t, prediction_type) if callback else None
+        slope, kept = schedule.to_epsilon(prediction, x, t, prediction_type), keep * x
+        x = kept.add(slope, alpha=stride)  # where euler lands
+        if i + 1 < len(timesteps):
+            there = schedule.to_epsilon(_predict(model, x, times[i + 1], i), x, timesteps[i + 1], prediction_type)
+            x = kept.add(slope, alpha=stride / 2).add_(there, alpha=stride / 2)
         if callback:
-            callback(i, t, x / (sigma_next**2 + 1) ** 0.5, x0)
-    return x
+            callback(i, t, x, x0)
+    return _checked(x)
 
 
 @torch.no_grad()
 def dpmpp_2m(
-    model: Model,
-    x: Tensor,
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    prediction_type: str = "epsilon",
-    spacing: str = "leading",
-    generator: Generators = None,
-    callback: Callback | None = None,
-    skip: int = 0,
-) -> Tensor:
+    model: Model, x: Tensor, schedule: NoiseSchedule, steps: int = 50, prediction_type: str = "epsilon",
+    spacing: str = "leading", generator: Generators = None, callback: Callback | None = None, skip: int = 0,
+) -> Tensor:  # fmt: skip
     """Sample by extrapolating the last two predictions of x0, second order for one call a step.  Lu et al. 2022b, algorithm 2.
 
     Time is measured in lambda = log(alpha / sigma), so exp(-h) is the ratio of two sigmas.  The first step has no past and the
@@ -234,21 +175,20 @@ def dpmpp_2m(
     _plan(schedule, steps, spacing, prediction_type, skip)  # for its checks
     timesteps = timesteps_of(dpmpp_2m, schedule, steps, spacing, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
-    alphas = [(sigma**2 + 1) ** -0.5 for sigma in sigmas]
+    alphas, times = (sigmas**2 + 1).rsqrt(), _times(timesteps, x)
+    ratio = sigmas[1:] / sigmas[:-1]  # exp(-h)
+    half = torch.zeros_like(ratio)  # of a stride, in units of the stride before it
+    half[1:-1] = ratio[1:-1].log() / ratio[:-2].log() / 2
+    step = torch.stack([ratio * alphas[1:] / alphas[:-1], alphas[1:] * (1 - ratio), half])
     x0_before = None
-    for i, t in enumerate(timesteps):
-        x0 = schedule.to_x0(_predict(model, x, t, i), x, t, prediction_type)
-        ratio = sigmas[i + 1] / sigmas[i]  # exp(-h)
-        if 0 < i < len(timesteps) - 1:
-            r = log(sigmas[i - 1] / sigmas[i]) / -log(ratio)  # the last stride in units of this one
-            target = x0.add(x0 - x0_before, alpha=1 / (2 * r))
-        else:
-            target = x0
-        x = (ratio * alphas[i + 1] / alphas[i] * x).add(target, alpha=alphas[i + 1] * (1 - ratio))
+    for i, (t, of_x, of_x0, ahead) in enumerate(zip(timesteps, *step.tolist(), strict=True)):
+        x0 = schedule.to_x0(_predict(model, x, times[i], i), x, t, prediction_type)
+        target = x0 if x0_before is None else x0_before.lerp(x0, 1 + ahead)  # x0, and on by as much of its last change
+        x = (of_x * x).add_(target, alpha=of_x0)
         x0_before = x0
         if callback:
             callback(i, t, x, x0)
-    return x
+    return _checked(x)
 
 
 def timesteps_of(sampler: Callable, schedule: NoiseSchedule, steps: int, spacing: str = "leading", skip: int = 0) -> list[int]:
@@ -280,17 +220,52 @@ def _plan(schedule: NoiseSchedule, steps: int, spacing: str, prediction_type: st
     return timesteps
 
 
-def _predict(model: Model, x: Tensor, t: int, step: int) -> Tensor:
-    """Ask the model about every sample at one timestep, and stop at an answer that could only spoil the picture."""
-    prediction = model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+def _in_numbers(convert: Callable, timesteps: list[int], prediction_type: str) -> Tensor:
+    """What to_x0 or to_epsilon makes at each timestep: so much of x, and so much of the prediction, (2, steps) float64.
+
+    It is linear in the two, and so known by what it is where they are 1 and 0, and where they are 0 and 1.
+    """
+    x, prediction = torch.eye(2, dtype=torch.float64, device="cpu")[:, None].expand(2, len(timesteps), 2)
+    return convert(prediction, x, torch.tensor(timesteps, device="cpu"), prediction_type).T
+
+
+def _times(timesteps: list[int], x: Tensor) -> tuple[Tensor, ...]:
+    """Each timestep once for every sample of x, as models are given it, (B,) int64."""
+    return torch.tensor(timesteps, device=x.device)[:, None].repeat(1, len(x)).unbind()
+
+
+def _walk(
+    model: Model, x: Tensor, schedule: NoiseSchedule, timesteps: list[int], prediction_type: str, step: Tensor,
+    variance: Tensor | None = None, generator: Generators = None, callback: Callback | None = None,
+) -> Tensor:  # fmt: skip
+    """Take every step: to so much of x, so much of the prediction, both in step, and noise of the variance, if any."""
+    spreads = [0.0] * len(timesteps) if variance is None else variance.sqrt().tolist()
+    for i, (t, of_x, of_prediction, spread) in enumerate(zip(_times(timesteps, x), *step.tolist(), spreads, strict=True)):
+        prediction = _predict(model, x, t, i)
+        x_next = (of_x * x).add_(prediction, alpha=of_prediction)
+        if spread > 0:
+            x_next = x_next.add(_noise_like(x, generator), alpha=spread)
+        if callback:
+            callback(i, timesteps[i], x_next, schedule.to_x0(prediction, x, timesteps[i], prediction_type))
+        x = x_next
+    return _checked(x)
+
+
+def _predict(model: Model, x: Tensor, t: Tensor, step: int) -> Tensor:
+    """Ask the model about every sample; the first answer is looked through, for most of what is broken shows at once."""
+    prediction = model(x, t)
     if prediction.shape != x.shape:
         raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {tuple(prediction.shape)}")
-    if not isfinite(prediction.sum(dtype=torch.float32)):  # one NaN or infinity among them spoils the sum
-        raise FloatingPointError(
-            f"the model's output holds NaN or Inf at step {step}, timestep {t}; check its weights, or use a wider dtype than "
-            f"{prediction.dtype}"
-        )
+    if step == 0:
+        _checked(prediction, f"the model's output holds NaN or Inf at step 0, timestep {t[0]}")
     return prediction if prediction.dtype == x.dtype else prediction.to(x.dtype)
+
+
+def _checked(x: Tensor, problem: str = "the latents hold NaN or Inf after the last step, not yet after the first") -> Tensor:
+    """The same tensor, which must be finite.  Not asked at every step: a look makes a GPU wait for all that is under way."""
+    if not isfinite(x.sum(dtype=torch.float32)):  # one NaN or infinity among them spoils the sum
+        raise FloatingPointError(f"{problem}; check the model's weights, or use a wider dtype than {x.dtype}")
+    return x
 
 
 def _noise_like(x: Tensor, generator: Generators) -> Tensor:
@@ -303,17 +278,18 @@ def _noise_like(x: Tensor, generator: Generators) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 
-def _sigma_space(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[NoiseSchedule, list[float]]:
+def _sigma_space(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[NoiseSchedule, Tensor]:
     """Noise per unit of picture at each timestep, then 0; and the schedule, with a last alpha_bar that is 0 made 2^-24."""
     if schedule.alpha_bar[-1] == 0:  # sigma would be infinite; the reference puts the same floor, 4096
         floor = schedule.alpha_bar[-2:-1].div(2).clamp(max=2**-24)
         schedule = NoiseSchedule(alpha_bar=torch.cat([schedule.alpha_bar[:-1], floor]))
-    return schedule, [*(1 / schedule.snr(torch.tensor(timesteps))).sqrt().tolist(), 0.0]
+    a = torch.cat([schedule.alpha_bar[timesteps], schedule.alpha_bar.new_ones(1)])
+    return schedule, ((1 - a) / a).sqrt()
 
 
-def _start_scale(sigma: float, spacing: str, skip: int = 0) -> float:
-    """What x is multiplied by at the start: unit noise by sigma; by sqrt(sigma^2 + 1) where it stands for noised latents.
+def _start(x: Tensor, sigma: Tensor, spacing: str, skip: int = 0) -> Tensor:
+    """What the model is shown first.  Unit noise is sigma of noise and no picture, at the scale of the model.
 
-    It does so after a skip, and in "leading", which starts where some picture should be left: ddim takes it for that, too.
+    After a skip x stands for noised latents; and in "leading", which starts where some picture should be left, too, as in ddim.
     """
-    return (sigma**2 + 1) ** 0.5 if skip or spacing == "leading" else sigma
+    return x if skip or spacing == "leading" else x * (sigma / (sigma**2 + 1).sqrt()).item()

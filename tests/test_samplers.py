@@ -349,18 +349,21 @@ class TestEverySampler:
         assert sampler(Model(), randn(1, 4, 4, 4), ZERO, steps=5).isfinite().all()  # "leading" starts lower
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_a_spoilt_prediction_stops_it(self, sampler, bad):
-        model = gaussian_model()
-        timesteps = SD.timesteps(6)[:-1] if sampler is dpmpp_2m else SD.timesteps(5)
+    @pytest.mark.parametrize("step", [0, 2, 4])
+    def test_a_spoilt_prediction_is_an_error(self, sampler, bad, step):
+        model, timesteps = gaussian_model(), timesteps_of(sampler, SD, 5)
+        asked = []
 
         def spoilt(x, t):
+            asked.append(t[0].item())
             prediction = model(x, t)
-            prediction[0, 0, 0, 0] = bad if t[0] == timesteps[2] else 0
+            prediction[0, 0, 0, 0] = bad if t[0] == timesteps[step] else 0
             return prediction
 
-        step = 1 if sampler is heun else 2  # which looks ahead
-        with pytest.raises(FloatingPointError, match=f"at step {step}, timestep {timesteps[2]}"):
+        found = f"output holds NaN or Inf at step 0, timestep {timesteps[0]}" if step == 0 else "latents hold NaN or Inf"
+        with pytest.raises(FloatingPointError, match=found):
             sampler(spoilt, randn(1, 4, 4, 4), SD, steps=5)
+        assert (len(asked) == 1) == (step == 0)  # the first answer stops it, a later one is found in the end
 
     def test_large_numbers_are_not_taken_for_spoilt_ones(self, sampler):
         for dtype, large in ((torch.float16, 6e4), (torch.bfloat16, 1e30), (torch.float32, 1e30)):

@@ -12,7 +12,8 @@ COLORS = {"ours": "#1f6fb2", "reference": "#c46a2b"}
 
 def draw(results: dict, file: Path) -> None:
     """Draws what there is of a results file, and writes a PNG."""
-    rows = {name.replace("_", " "): report for name, report in results.items() if name != "samplers"}
+    rows = {name.replace("_", " "): report for name, report in results.items() if name not in ("samplers", "unet_step")}
+    rows |= {f"U-Net, {name}": report for name, report in results.get("unet_step", {}).get("by case", {}).items()}
     rows |= {f"sampler {name}": report for name, report in results.get("samplers", {}).get("by sampler", {}).items()}
     rows = {name: report for name, report in rows.items() if report["ratio"] is not None}
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=(3, 2), layout="constrained")

@@ -3,9 +3,9 @@
 A sampler knows nothing of networks: it calls `model(x, t) -> prediction` and does arithmetic on what comes back.  All of them
 take the same arguments, start from standard normal noise and return clean latents, so that one can be swapped for another.
 
-Between two calls of the model all is linear: x0, epsilon and the next x are so much of x and so much of the prediction.  How
-much is numbers, worked out for all steps beforehand; on the tensors a step is then one product and one sum.
-(`x.add(y, alpha=c)` is x + c * y in one operation, where there would be two.)
+Between two calls of the model all is linear: x0, epsilon and the next x are so much of x plus so much of the prediction.  The
+formulas below act on these coefficients, for all steps at once; what is left for a step of ddim, ddpm and euler is one product
+and one sum.  (`x.add(y, alpha=c)` is x + c * y in one operation, where there would be two.)
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
-X = torch.tensor([[1.0], [0.0]], dtype=torch.float64, device="cpu")  # x itself in numbers: all of it, none of the prediction
+_X = torch.tensor([[1.0], [0.0]], dtype=torch.float64, device="cpu")  # the coefficients of x itself: 1 of x, none of the rest
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def ddim(
     """Sample by jumping from one noise level to a much lower one along the predicted x0.  Song et al. 2021a, eqs. 12 and 16.
 
     Args:
-        model: called as model(x, t) with x (B, C, H, W) of about unit variance and t (B,) int64; returns a prediction like x.
+        model: called as model(x, t) with x (B, C, H, W) of about unit variance and t (B,) int64; returns a prediction like x,
+            each time in another tensor, and leaves x and t as they are.
         x: starting noise, standard normal, (B, C, H, W).
         schedule: the schedule that the model was trained with.
         steps: how many timesteps to visit, in [1, T].
@@ -50,17 +51,19 @@ def ddim(
     Raises:
         ValueError: an argument is out of range or unknown; the model's output is not shaped as x; a list of generators is not
             one a sample; or the model predicts "epsilon" and a timestep to be visited is pure noise (zero terminal SNR).
-        FloatingPointError: the model's first output, or what all steps have come to, holds a NaN or an infinity; says which.
+        FloatingPointError: the model's output holds a NaN or an infinity, which is looked for at steps 0, 1, 4, 16 and so on,
+            or the latents do in the end; says where.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}; 0 is deterministic, 1 as noisy as ddpm")
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
-    a, a_next = schedule.alpha_bar[timesteps], schedule.alpha_bar[[*timesteps[1:], 0]]
+    a = schedule.alpha_bar[timesteps]
+    a_next = torch.cat([a[1:], schedule.alpha_bar[:1]])  # the last step ends at timestep 0, not clean as ddpm's
     variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
-    x0 = _in_numbers(schedule.to_x0, timesteps, prediction_type)
-    epsilon = _in_numbers(schedule.to_epsilon, timesteps, prediction_type)
-    step = a_next.sqrt() * x0 + (1 - a_next - variance).sqrt() * epsilon
-    return _walk(model, x, schedule, timesteps, prediction_type, step, variance, generator, callback)
+    x0 = _coefficients(schedule.to_x0, timesteps, prediction_type)
+    epsilon = _coefficients(schedule.to_epsilon, timesteps, prediction_type)
+    x_next = a_next.sqrt() * x0 + (1 - a_next - variance).sqrt() * epsilon
+    return _walk(model, x, schedule, timesteps, prediction_type, x_next, variance, generator, callback)
 
 
 @torch.no_grad()
@@ -84,12 +87,12 @@ def ddim_invert(
     Raises:
         ValueError, FloatingPointError: as ddim.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type)[::-1]
-    x, a_next, left = x0, schedule.alpha_bar[timesteps], [0, *timesteps[:-1]]
-    x0 = _in_numbers(schedule.to_x0, left, prediction_type)
-    epsilon = _in_numbers(schedule.to_epsilon, left, prediction_type)
-    step = a_next.sqrt() * x0 + (1 - a_next).sqrt() * epsilon
-    return _walk(model, x, schedule, timesteps, prediction_type, step)  # asked where ddim asks, of an x still a step cleaner
+    timesteps = _plan(schedule, steps, spacing, prediction_type).flip(0)
+    here, a_next = torch.cat([timesteps.new_zeros(1), timesteps[:-1]]), schedule.alpha_bar[timesteps]
+    clean = _coefficients(schedule.to_x0, here, prediction_type)  # x is split at the level that it is on,
+    epsilon = _coefficients(schedule.to_epsilon, here, prediction_type)
+    x_next = a_next.sqrt() * clean + (1 - a_next).sqrt() * epsilon
+    return _walk(model, x0, schedule, timesteps, prediction_type, x_next)  # and the model is told the one that it goes to
 
 
 @torch.no_grad()
@@ -107,8 +110,8 @@ def ddpm(
     a = schedule.alpha_bar[timesteps]
     a_next = torch.cat([a[1:], a.new_ones(1)])
     beta = 1 - a / a_next  # of the whole jump from a_next to a
-    x0 = _in_numbers(schedule.to_x0, timesteps, prediction_type)
-    mean = (a / a_next).sqrt() * (1 - a_next) / (1 - a) * X + a_next.sqrt() * beta / (1 - a) * x0
+    x0 = _coefficients(schedule.to_x0, timesteps, prediction_type)
+    mean = a_next.sqrt() * beta / (1 - a) * x0 + (1 - beta).sqrt() * (1 - a_next) / (1 - a) * _X
     variance = (1 - a_next) / (1 - a) * beta
     return _walk(model, x, schedule, timesteps, prediction_type, mean, variance, generator, callback)
 
@@ -118,18 +121,18 @@ def euler(
     model: Model, x: Tensor, schedule: NoiseSchedule, steps: int = 50, prediction_type: str = "epsilon",
     spacing: str = "leading", generator: Generators = None, callback: Callback | None = None, skip: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Sample by following the slope, dx / dsigma = epsilon, in straight lines to sigma = 0.  Karras et al. 2022, section 3.
+    """Sample by following the slope, epsilon, in straight lines to sigma = 0.  Karras et al. 2022, section 3.
 
-    In this space x is picture plus sigma times noise; divided by sqrt(sigma^2 + 1) it is what the model is used to.
+    It is the slope of x / alpha, picture plus sigma times noise; x itself stays at the scale that the model is used to.
 
     Args and Raises: as ddim; generator is there for the common signature, nothing is drawn from it.
     """
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
     alphas = (sigmas**2 + 1).rsqrt()
-    slope = _in_numbers(schedule.to_epsilon, timesteps, prediction_type)
-    step = alphas[1:] * (X / alphas[:-1] + sigmas.diff() * slope)
-    return _walk(model, _start(x, sigmas[0], spacing, skip), schedule, timesteps, prediction_type, step, callback=callback)
+    slope = _coefficients(schedule.to_epsilon, timesteps, prediction_type)
+    x_next = alphas[1:] * (_X / alphas[:-1] + sigmas.diff() * slope)
+    return _walk(model, _start(x, sigmas[0], spacing, skip), schedule, timesteps, prediction_type, x_next, callback=callback)
 
 
 @torch.no_grad()
@@ -146,15 +149,17 @@ def heun(
     timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
     alphas, x, times = (sigmas**2 + 1).rsqrt(), _start(x, sigmas[0], spacing, skip), _times(timesteps, x)
-    keeps, strides = (alphas[1:] / alphas[:-1]).tolist(), (alphas[1:] * sigmas.diff()).tolist()
-    for i, (t, keep, stride) in enumerate(zip(timesteps, keeps, strides, strict=True)):
+    slopes = _coefficients(schedule.to_epsilon, timesteps, prediction_type)
+    landings = (alphas[1:] * (_X / alphas[:-1] + sigmas.diff() * slopes)).T.tolist()  # where euler lands
+    halves, slopes = (alphas[1:] * sigmas.diff() / 2).tolist(), slopes.T.tolist()
+    for i, t in enumerate(timesteps.tolist()):
         prediction = _predict(model, x, times[i], i)
         x0 = schedule.to_x0(prediction, x, t, prediction_type) if callback else None
-        slope, kept = schedule.to_epsilon(prediction, x, t, prediction_type), keep * x
-        x = kept.add(slope, alpha=stride)  # where euler lands
+        slope = _mix(x, prediction, *slopes[i])
+        x = _mix(x, prediction, *landings[i])
         if i + 1 < len(timesteps):
-            there = schedule.to_epsilon(_predict(model, x, times[i + 1], i), x, timesteps[i + 1], prediction_type)
-            x = kept.add(slope, alpha=stride / 2).add_(there, alpha=stride / 2)
+            there = _mix(x, _predict(model, x, times[i + 1], i), *slopes[i + 1])
+            x.add_(there - slope, alpha=halves[i])  # half of the step with the one slope, half with the other
         if callback:
             callback(i, t, x, x0)
     return _checked(x)
@@ -173,18 +178,18 @@ def dpmpp_2m(
     Args and Raises: as euler.
     """
     _plan(schedule, steps, spacing, prediction_type, skip)  # for its checks
-    timesteps = timesteps_of(dpmpp_2m, schedule, steps, spacing, skip)
+    timesteps = torch.tensor(timesteps_of(dpmpp_2m, schedule, steps, spacing, skip), device="cpu")
+    _refuse_pure_noise(schedule, timesteps[0], prediction_type)
     schedule, sigmas = _sigma_space(schedule, timesteps)
     alphas, times = (sigmas**2 + 1).rsqrt(), _times(timesteps, x)
     ratio = sigmas[1:] / sigmas[:-1]  # exp(-h)
-    half = torch.zeros_like(ratio)  # of a stride, in units of the stride before it
-    half[1:-1] = ratio[1:-1].log() / ratio[:-2].log() / 2
-    step = torch.stack([ratio * alphas[1:] / alphas[:-1], alphas[1:] * (1 - ratio), half])
-    x0_before = None
-    for i, (t, of_x, of_x0, ahead) in enumerate(zip(timesteps, *step.tolist(), strict=True)):
-        x0 = schedule.to_x0(_predict(model, x, times[i], i), x, t, prediction_type)
-        target = x0 if x0_before is None else x0_before.lerp(x0, 1 + ahead)  # x0, and on by as much of its last change
-        x = (of_x * x).add_(target, alpha=of_x0)
+    of_xs, of_x0s = (ratio * alphas[1:] / alphas[:-1]).tolist(), (alphas[1:] * (1 - ratio)).tolist()
+    aheads = [0.0, *(ratio[1:-1].log() / ratio[:-2].log() / 2).tolist(), 0.0]  # half a stride, in units of the last one
+    x0s, x0_before = _coefficients(schedule.to_x0, timesteps, prediction_type).T.tolist(), None
+    for i, t in enumerate(timesteps.tolist()):
+        x0 = _mix(x, _predict(model, x, times[i], i), *x0s[i])
+        middle = x0 if x0_before is None else x0_before.lerp(x0, 1 + aheads[i])  # on from x0, by so much of its last change
+        x = _mix(x, middle, of_xs[i], of_x0s[i])
         x0_before = x0
         if callback:
             callback(i, t, x, x0)
@@ -206,63 +211,79 @@ def timesteps_of(sampler: Callable, schedule: NoiseSchedule, steps: int, spacing
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
-def _plan(schedule: NoiseSchedule, steps: int, spacing: str, prediction_type: str, skip: int = 0) -> list[int]:
-    """The timesteps to visit, noisiest first, after checking that the model's kind of prediction means something at each."""
+def _plan(schedule: NoiseSchedule, steps: int, spacing: str, prediction_type: str, skip: int = 0) -> Tensor:
+    """The timesteps to visit, noisiest first, (steps,) int64; at each the model's kind of prediction means something."""
     check_prediction_type(prediction_type)
     timesteps = schedule.timesteps(steps, spacing)[skip:]
     if not 0 <= skip < steps:
         raise ValueError(f"skip must lie in [0, {steps}), got {skip}: at least one of the {steps} timesteps is to be visited")
-    if prediction_type == "epsilon" and schedule.alpha_bar[timesteps[0]] == 0:
+    _refuse_pure_noise(schedule, timesteps[0], prediction_type)
+    return torch.tensor(timesteps, device="cpu")
+
+
+def _refuse_pure_noise(schedule: NoiseSchedule, t: int | Tensor, prediction_type: str) -> None:
+    if prediction_type == "epsilon" and schedule.alpha_bar[t] == 0:
         raise ValueError(
-            f'timestep {timesteps[0]} is pure noise (zero terminal SNR), of which an "epsilon" model can say nothing; '
+            f'timestep {t} is pure noise (zero terminal SNR), of which an "epsilon" model can say nothing; '
             'use a model trained with "v_prediction", or spacing="leading", which starts lower'
         )
-    return timesteps
 
 
-def _in_numbers(convert: Callable, timesteps: list[int], prediction_type: str) -> Tensor:
-    """What to_x0 or to_epsilon makes at each timestep: so much of x, and so much of the prediction, (2, steps) float64.
+def _coefficients(convert: Callable, timesteps: Tensor, prediction_type: str) -> Tensor:
+    """How much of x, and how much of the prediction, to_x0 or to_epsilon adds up at each timestep, (2, steps) float64.
 
-    It is linear in the two, and so known by what it is where they are 1 and 0, and where they are 0 and 1.
+    Both are linear: where x is 1 and the prediction 0 they give the one coefficient, where it is the other way round the other.
     """
-    x, prediction = torch.eye(2, dtype=torch.float64, device="cpu")[:, None].expand(2, len(timesteps), 2)
-    return convert(prediction, x, torch.tensor(timesteps, device="cpu"), prediction_type).T
+    x = torch.zeros(2, len(timesteps), dtype=torch.float64, device="cpu")
+    x[0] = 1
+    return convert((1 - x).flatten(), x.flatten(), timesteps.repeat(2), prediction_type).view(2, -1)
 
 
-def _times(timesteps: list[int], x: Tensor) -> tuple[Tensor, ...]:
+def _times(timesteps: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """Each timestep once for every sample of x, as models are given it, (B,) int64."""
-    return torch.tensor(timesteps, device=x.device)[:, None].repeat(1, len(x)).unbind()
+    return timesteps.to(x.device)[:, None].expand(-1, len(x)).unbind()
+
+
+def _mix(x: Tensor, prediction: Tensor, of_x: float, of_prediction: float) -> Tensor:
+    """So much of x plus so much of the prediction."""
+    if of_x == 0 and of_prediction == 1:
+        return prediction
+    return (x * of_x).add_(prediction, alpha=of_prediction)
 
 
 def _walk(
-    model: Model, x: Tensor, schedule: NoiseSchedule, timesteps: list[int], prediction_type: str, step: Tensor,
+    model: Model, x: Tensor, schedule: NoiseSchedule, timesteps: Tensor, prediction_type: str, coefficients: Tensor,
     variance: Tensor | None = None, generator: Generators = None, callback: Callback | None = None,
 ) -> Tensor:  # fmt: skip
-    """Take every step: to so much of x, so much of the prediction, both in step, and noise of the variance, if any."""
+    """Take every step: to so much of x plus so much of the prediction, the two rows, and fresh noise of the variance."""
+    (of_xs, of_predictions), times = coefficients.tolist(), _times(timesteps, x)
     spreads = [0.0] * len(timesteps) if variance is None else variance.sqrt().tolist()
-    for i, (t, of_x, of_prediction, spread) in enumerate(zip(_times(timesteps, x), *step.tolist(), spreads, strict=True)):
-        prediction = _predict(model, x, t, i)
-        x_next = (of_x * x).add_(prediction, alpha=of_prediction)
+    for i, (t, of_x, of_prediction, spread) in enumerate(zip(timesteps.tolist(), of_xs, of_predictions, spreads, strict=True)):
+        prediction = _predict(model, x, times[i], i)
+        x_next = _mix(x, prediction, of_x, of_prediction)
         if spread > 0:
             x_next = x_next.add(_noise_like(x, generator), alpha=spread)
         if callback:
-            callback(i, timesteps[i], x_next, schedule.to_x0(prediction, x, timesteps[i], prediction_type))
+            callback(i, t, x_next, schedule.to_x0(prediction, x, t, prediction_type))
         x = x_next
     return _checked(x)
 
 
 def _predict(model: Model, x: Tensor, t: Tensor, step: int) -> Tensor:
-    """Ask the model about every sample; the first answer is looked through, for most of what is broken shows at once."""
+    """Ask the model about every sample, and now and then look whether the answer is one.
+
+    Seldom, for a look takes a third of a step's time, and on a GPU it waits for all that goes on.
+    """
     prediction = model(x, t)
     if prediction.shape != x.shape:
         raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {tuple(prediction.shape)}")
-    if step == 0:
-        _checked(prediction, f"the model's output holds NaN or Inf at step 0, timestep {t[0]}")
+    if step in (0, 1, 4, 16, 64, 256):
+        _checked(prediction, f"the model's output holds NaN or Inf at step {step}, timestep {t[0]}")
     return prediction if prediction.dtype == x.dtype else prediction.to(x.dtype)
 
 
-def _checked(x: Tensor, problem: str = "the latents hold NaN or Inf after the last step, not yet after the first") -> Tensor:
-    """The same tensor, which must be finite.  Not asked at every step: a look makes a GPU wait for all that is under way."""
+def _checked(x: Tensor, problem: str = "the latents hold NaN or Inf after the last step") -> Tensor:
+    """The same tensor, which must be finite."""
     if not isfinite(x.sum(dtype=torch.float32)):  # one NaN or infinity among them spoils the sum
         raise FloatingPointError(f"{problem}; check the model's weights, or use a wider dtype than {x.dtype}")
     return x
@@ -278,9 +299,9 @@ def _noise_like(x: Tensor, generator: Generators) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 
-def _sigma_space(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[NoiseSchedule, Tensor]:
-    """Noise per unit of picture at each timestep, then 0; and the schedule, with a last alpha_bar that is 0 made 2^-24."""
-    if schedule.alpha_bar[-1] == 0:  # sigma would be infinite; the reference puts the same floor, 4096
+def _sigma_space(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[NoiseSchedule, Tensor]:
+    """The schedule, its last alpha_bar lifted where it is 0; and sigma, noise per unit of picture, at each timestep, then 0."""
+    if schedule.alpha_bar[-1] == 0:  # sigma would be infinite; 2^-24 makes it 4096, as in the reference
         floor = schedule.alpha_bar[-2:-1].div(2).clamp(max=2**-24)
         schedule = NoiseSchedule(alpha_bar=torch.cat([schedule.alpha_bar[:-1], floor]))
     a = torch.cat([schedule.alpha_bar[timesteps], schedule.alpha_bar.new_ones(1)])
@@ -288,8 +309,8 @@ def _sigma_space(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[NoiseSc
 
 
 def _start(x: Tensor, sigma: Tensor, spacing: str, skip: int = 0) -> Tensor:
-    """What the model is shown first.  Unit noise is sigma of noise and no picture, at the scale of the model.
+    """The x to begin with: alpha * sigma of unit noise, without a picture; or x as it is.
 
-    After a skip x stands for noised latents; and in "leading", which starts where some picture should be left, too, as in ddim.
+    As it is in "leading", which starts where noise of that scale is clearly too little, and after a skip, where x is no noise.
     """
     return x if skip or spacing == "leading" else x * (sigma / (sigma**2 + 1).sqrt()).item()

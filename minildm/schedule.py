@@ -252,7 +252,7 @@ class NoiseSchedule:
         """Weights of picture and noise, sqrt(alpha_bar) and sqrt(1 - alpha_bar), ready to multiply x."""
         if x.shape != other.shape:
             raise ValueError(f"the two tensors must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
-        if type(t) is int and 0 <= t < len(self._numbers):  # as samplers ask: two numbers are quicker than two tensors
+        if type(t) is int and 0 <= t < len(self._numbers):  # as one asks in a loop: numbers are quicker than tensors
             return math.sqrt(self._numbers[t]), math.sqrt(1 - self._numbers[t])
         a = self._alpha_bar_at(t)
         if a.ndim and a.shape != x.shape[:1]:

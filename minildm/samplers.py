@@ -51,12 +51,12 @@ def ddim(
     Raises:
         ValueError: an argument is out of range or unknown; the model's output is not shaped as x; a list of generators is not
             one a sample; or the model predicts "epsilon" and a timestep to be visited is pure noise (zero terminal SNR).
-        FloatingPointError: the model's output holds a NaN or an infinity, which is looked for at steps 0, 1, 4, 16 and so on,
+        FloatingPointError: the model's output holds a NaN or an infinity, which is looked for at steps 0, 1, 4, 16, 64 and 256,
             or the latents do in the end; says where.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}; 0 is deterministic, 1 as noisy as ddpm")
-    timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
+    timesteps = _plan(schedule, schedule.timesteps(steps, spacing), prediction_type, skip)
     a = schedule.alpha_bar[timesteps]
     a_next = torch.cat([a[1:], schedule.alpha_bar[:1]])  # the last step ends at timestep 0, not clean as ddpm's
     variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
@@ -87,7 +87,7 @@ def ddim_invert(
     Raises:
         ValueError, FloatingPointError: as ddim.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type).flip(0)
+    timesteps = _plan(schedule, schedule.timesteps(steps, spacing), prediction_type).flip(0)
     here, a_next = torch.cat([timesteps.new_zeros(1), timesteps[:-1]]), schedule.alpha_bar[timesteps]
     clean = _coefficients(schedule.to_x0, here, prediction_type)  # x is split at the level that it is on,
     epsilon = _coefficients(schedule.to_epsilon, here, prediction_type)
@@ -106,7 +106,7 @@ def ddpm(
 
     Args and Raises: as ddim.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
+    timesteps = _plan(schedule, schedule.timesteps(steps, spacing), prediction_type, skip)
     a = schedule.alpha_bar[timesteps]
     a_next = torch.cat([a[1:], a.new_ones(1)])
     beta = 1 - a / a_next  # of the whole jump from a_next to a
@@ -127,7 +127,7 @@ def euler(
 
     Args and Raises: as ddim; generator is there for the common signature, nothing is drawn from it.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
+    timesteps = _plan(schedule, schedule.timesteps(steps, spacing), prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
     alphas = (sigmas**2 + 1).rsqrt()
     slope = _coefficients(schedule.to_epsilon, timesteps, prediction_type)
@@ -146,20 +146,21 @@ def heun(
 
     Args and Raises: as euler.
     """
-    timesteps = _plan(schedule, steps, spacing, prediction_type, skip)
+    timesteps = _plan(schedule, schedule.timesteps(steps, spacing), prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
     alphas, x, times = (sigmas**2 + 1).rsqrt(), _start(x, sigmas[0], spacing, skip), _times(timesteps, x)
     slopes = _coefficients(schedule.to_epsilon, timesteps, prediction_type)
     landings = (alphas[1:] * (_X / alphas[:-1] + sigmas.diff() * slopes)).T.tolist()  # where euler lands
-    halves, slopes = (alphas[1:] * sigmas.diff() / 2).tolist(), slopes.T.tolist()
+    halves, slopes, is_slope = (alphas[1:] * sigmas.diff() / 2).tolist(), slopes.T.tolist(), prediction_type == "epsilon"
     for i, t in enumerate(timesteps.tolist()):
         prediction = _predict(model, x, times[i], i)
         x0 = schedule.to_x0(prediction, x, t, prediction_type) if callback else None
-        slope = _mix(x, prediction, *slopes[i])
+        slope = prediction if is_slope else _mix(x, prediction, *slopes[i])
         x = _mix(x, prediction, *landings[i])
         if i + 1 < len(timesteps):
-            there = _mix(x, _predict(model, x, times[i + 1], i), *slopes[i + 1])
-            x.add_(there - slope, alpha=halves[i])  # half of the step with the one slope, half with the other
+            prediction = _predict(model, x, times[i + 1], i)
+            there = prediction if is_slope else _mix(x, prediction, *slopes[i + 1])
+            x = x.add(there - slope, alpha=halves[i])  # half of the step with the one slope, half with the other
         if callback:
             callback(i, t, x, x0)
     return _checked(x)
@@ -177,9 +178,7 @@ def dpmpp_2m(
 
     Args and Raises: as euler.
     """
-    _plan(schedule, steps, spacing, prediction_type, skip)  # for its checks
-    timesteps = torch.tensor(timesteps_of(dpmpp_2m, schedule, steps, spacing, skip), device="cpu")
-    _refuse_pure_noise(schedule, timesteps[0], prediction_type)
+    timesteps = _plan(schedule, timesteps_of(dpmpp_2m, schedule, steps, spacing), prediction_type, skip)
     schedule, sigmas = _sigma_space(schedule, timesteps)
     alphas, times = (sigmas**2 + 1).rsqrt(), _times(timesteps, x)
     ratio = sigmas[1:] / sigmas[:-1]  # exp(-h)
@@ -203,30 +202,26 @@ def timesteps_of(sampler: Callable, schedule: NoiseSchedule, steps: int, spacing
         sampler: ddim, ddpm, euler, heun or dpmpp_2m, which visits others than the rest where the spacing is not "trailing".
         schedule, steps, spacing, skip: what the sampler is given; errors as there.
     """
+    timesteps = schedule.timesteps(steps, spacing)
     if sampler is dpmpp_2m and spacing != "trailing" and steps < schedule.T:
-        return schedule.timesteps(steps + 1, spacing)[skip:-1]  # as the reference: one more, and the cleanest left out
-    return schedule.timesteps(steps, spacing)[skip:]
+        timesteps = schedule.timesteps(steps + 1, spacing)[:-1]  # as the reference: one more, and the cleanest left out
+    return timesteps[skip:]
 
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
-def _plan(schedule: NoiseSchedule, steps: int, spacing: str, prediction_type: str, skip: int = 0) -> Tensor:
-    """The timesteps to visit, noisiest first, (steps,) int64; at each the model's kind of prediction means something."""
+def _plan(schedule: NoiseSchedule, timesteps: list[int], prediction_type: str, skip: int = 0) -> Tensor:
+    """All timesteps but the first few, (steps,) int64, after checking that the kind of prediction means something at each."""
     check_prediction_type(prediction_type)
-    timesteps = schedule.timesteps(steps, spacing)[skip:]
-    if not 0 <= skip < steps:
-        raise ValueError(f"skip must lie in [0, {steps}), got {skip}: at least one of the {steps} timesteps is to be visited")
-    _refuse_pure_noise(schedule, timesteps[0], prediction_type)
-    return torch.tensor(timesteps, device="cpu")
-
-
-def _refuse_pure_noise(schedule: NoiseSchedule, t: int | Tensor, prediction_type: str) -> None:
-    if prediction_type == "epsilon" and schedule.alpha_bar[t] == 0:
+    if not 0 <= skip < len(timesteps):
+        raise ValueError(f"skip must lie in [0, {len(timesteps)}), got {skip}: at least one of the timesteps is to be visited")
+    if prediction_type == "epsilon" and schedule.alpha_bar[timesteps[skip]] == 0:
         raise ValueError(
-            f'timestep {t} is pure noise (zero terminal SNR), of which an "epsilon" model can say nothing; '
+            f'timestep {timesteps[skip]} is pure noise (zero terminal SNR), of which an "epsilon" model can say nothing; '
             'use a model trained with "v_prediction", or spacing="leading", which starts lower'
         )
+    return torch.tensor(timesteps[skip:], device="cpu")
 
 
 def _coefficients(convert: Callable, timesteps: Tensor, prediction_type: str) -> Tensor:
@@ -236,18 +231,17 @@ def _coefficients(convert: Callable, timesteps: Tensor, prediction_type: str) ->
     """
     x = torch.zeros(2, len(timesteps), dtype=torch.float64, device="cpu")
     x[0] = 1
-    return convert((1 - x).flatten(), x.flatten(), timesteps.repeat(2), prediction_type).view(2, -1)
+    prediction = 1 - x
+    return convert(prediction.flatten(), x.flatten(), timesteps.repeat(2), prediction_type).view(2, -1)
 
 
 def _times(timesteps: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """Each timestep once for every sample of x, as models are given it, (B,) int64."""
-    return timesteps.to(x.device)[:, None].expand(-1, len(x)).unbind()
+    return timesteps.to(x.device)[:, None].repeat(1, len(x)).unbind()
 
 
 def _mix(x: Tensor, prediction: Tensor, of_x: float, of_prediction: float) -> Tensor:
-    """So much of x plus so much of the prediction."""
-    if of_x == 0 and of_prediction == 1:
-        return prediction
+    """So much of x plus so much of the prediction, in a tensor of its own."""
     return (x * of_x).add_(prediction, alpha=of_prediction)
 
 
@@ -262,7 +256,7 @@ def _walk(
         prediction = _predict(model, x, times[i], i)
         x_next = _mix(x, prediction, of_x, of_prediction)
         if spread > 0:
-            x_next = x_next.add(_noise_like(x, generator), alpha=spread)
+            x_next.add_(_noise_like(x, generator), alpha=spread)
         if callback:
             callback(i, t, x_next, schedule.to_x0(prediction, x, t, prediction_type))
         x = x_next
@@ -277,15 +271,24 @@ def _predict(model: Model, x: Tensor, t: Tensor, step: int) -> Tensor:
     prediction = model(x, t)
     if prediction.shape != x.shape:
         raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {tuple(prediction.shape)}")
-    if step in (0, 1, 4, 16, 64, 256):
-        _checked(prediction, f"the model's output holds NaN or Inf at step {step}, timestep {t[0]}")
+    if step in (0, 1, 4, 16, 64, 256) and not _is_finite(prediction):
+        raise FloatingPointError(
+            f"the model's output holds NaN or Inf at step {step}, timestep {t[0]}; check its weights, or use a wider dtype "
+            f"than {prediction.dtype}"
+        )
     return prediction if prediction.dtype == x.dtype else prediction.to(x.dtype)
 
 
-def _checked(x: Tensor, problem: str = "the latents hold NaN or Inf after the last step") -> Tensor:
-    """The same tensor, which must be finite."""
-    if not isfinite(x.sum(dtype=torch.float32)):  # one NaN or infinity among them spoils the sum
-        raise FloatingPointError(f"{problem}; check the model's weights, or use a wider dtype than {x.dtype}")
+def _is_finite(x: Tensor) -> bool:
+    return isfinite(x.sum(dtype=torch.float32))  # one NaN or infinity among them spoils the sum
+
+
+def _checked(x: Tensor) -> Tensor:
+    """What has come out, which must be finite."""
+    if not _is_finite(x):
+        raise FloatingPointError(
+            f"the latents hold NaN or Inf after the last step; check the model's weights, or use a wider dtype than {x.dtype}"
+        )
     return x
 
 

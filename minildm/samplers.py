@@ -128,11 +128,11 @@ def euler(
     Args and Raises: as ddim; generator is there for the common signature, nothing is drawn from it.
     """
     timesteps = _plan(schedule, schedule.timesteps(steps, spacing), prediction_type, skip)
-    schedule, sigmas = _sigma_space(schedule, timesteps)
-    alphas = (sigmas**2 + 1).rsqrt()
+    schedule, sigmas, alphas = _sigma_space(schedule, timesteps)
     slope = _coefficients(schedule.to_epsilon, timesteps, prediction_type)
     x_next = alphas[1:] * (_X / alphas[:-1] + sigmas.diff() * slope)
-    return _walk(model, _start(x, sigmas[0], spacing, skip), schedule, timesteps, prediction_type, x_next, callback=callback)
+    x = _start(x, alphas[0] * sigmas[0], spacing, skip)
+    return _walk(model, x, schedule, timesteps, prediction_type, x_next, callback=callback)
 
 
 @torch.no_grad()
@@ -147,11 +147,11 @@ def heun(
     Args and Raises: as euler.
     """
     timesteps = _plan(schedule, schedule.timesteps(steps, spacing), prediction_type, skip)
-    schedule, sigmas = _sigma_space(schedule, timesteps)
-    alphas, x, times = (sigmas**2 + 1).rsqrt(), _start(x, sigmas[0], spacing, skip), _times(timesteps, x)
+    schedule, sigmas, alphas = _sigma_space(schedule, timesteps)
+    x, times, is_slope = _start(x, alphas[0] * sigmas[0], spacing, skip), _times(timesteps, x), prediction_type == "epsilon"
     slopes = _coefficients(schedule.to_epsilon, timesteps, prediction_type)
     landings = (alphas[1:] * (_X / alphas[:-1] + sigmas.diff() * slopes)).T.tolist()  # where euler lands
-    halves, slopes, is_slope = (alphas[1:] * sigmas.diff() / 2).tolist(), slopes.T.tolist(), prediction_type == "epsilon"
+    halves, slopes = (alphas[1:] * sigmas.diff() / 2).tolist(), slopes.T.tolist()
     for i, t in enumerate(timesteps.tolist()):
         prediction = _predict(model, x, times[i], i)
         x0 = schedule.to_x0(prediction, x, t, prediction_type) if callback else None
@@ -179,12 +179,12 @@ def dpmpp_2m(
     Args and Raises: as euler.
     """
     timesteps = _plan(schedule, timesteps_of(dpmpp_2m, schedule, steps, spacing), prediction_type, skip)
-    schedule, sigmas = _sigma_space(schedule, timesteps)
-    alphas, times = (sigmas**2 + 1).rsqrt(), _times(timesteps, x)
+    schedule, sigmas, alphas = _sigma_space(schedule, timesteps)
     ratio = sigmas[1:] / sigmas[:-1]  # exp(-h)
     of_xs, of_x0s = (ratio * alphas[1:] / alphas[:-1]).tolist(), (alphas[1:] * (1 - ratio)).tolist()
     aheads = [0.0, *(ratio[1:-1].log() / ratio[:-2].log() / 2).tolist(), 0.0]  # half a stride, in units of the last one
     x0s, x0_before = _coefficients(schedule.to_x0, timesteps, prediction_type).T.tolist(), None
+    times = _times(timesteps, x)
     for i, t in enumerate(timesteps.tolist()):
         x0 = _mix(x, _predict(model, x, times[i], i), *x0s[i])
         middle = x0 if x0_before is None else x0_before.lerp(x0, 1 + aheads[i])  # on from x0, by so much of its last change
@@ -266,7 +266,7 @@ def _walk(
 def _predict(model: Model, x: Tensor, t: Tensor, step: int) -> Tensor:
     """Ask the model about every sample, and now and then look whether the answer is one.
 
-    Seldom, for a look takes a third of a step's time, and on a GPU it waits for all that goes on.
+    Seldom, for a look costs as much as one of the few operations of a step, and on a GPU it waits for all that goes on.
     """
     prediction = model(x, t)
     if prediction.shape != x.shape:
@@ -302,18 +302,18 @@ def _noise_like(x: Tensor, generator: Generators) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 
-def _sigma_space(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[NoiseSchedule, Tensor]:
-    """The schedule, its last alpha_bar lifted where it is 0; and sigma, noise per unit of picture, at each timestep, then 0."""
+def _sigma_space(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[NoiseSchedule, Tensor, Tensor]:
+    """The schedule, its last alpha_bar lifted where it is 0; and sigma and alpha at each timestep, then 0 and 1."""
     if schedule.alpha_bar[-1] == 0:  # sigma would be infinite; 2^-24 makes it 4096, as in the reference
         floor = schedule.alpha_bar[-2:-1].div(2).clamp(max=2**-24)
         schedule = NoiseSchedule(alpha_bar=torch.cat([schedule.alpha_bar[:-1], floor]))
     a = torch.cat([schedule.alpha_bar[timesteps], schedule.alpha_bar.new_ones(1)])
-    return schedule, ((1 - a) / a).sqrt()
+    return schedule, ((1 - a) / a).sqrt(), a.sqrt()
 
 
-def _start(x: Tensor, sigma: Tensor, spacing: str, skip: int = 0) -> Tensor:
-    """The x to begin with: alpha * sigma of unit noise, without a picture; or x as it is.
+def _start(x: Tensor, scale: Tensor, spacing: str, skip: int = 0) -> Tensor:
+    """The x to begin with: unit noise times its scale, alpha * sigma, without a picture; or x as it is.
 
     As it is in "leading", which starts where noise of that scale is clearly too little, and after a skip, where x is no noise.
     """
-    return x if skip or spacing == "leading" else x * (sigma / (sigma**2 + 1).sqrt()).item()
+    return x if skip or spacing == "leading" else x * scale.item()

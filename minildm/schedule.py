@@ -5,7 +5,6 @@ Everything here is arithmetic on one tensor, alpha_bar; no network, no sampler, 
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -163,7 +162,7 @@ class NoiseSchedule:
         check_prediction_type(prediction_type)
         alpha, sigma = self._levels(t, x, pred)
         if prediction_type == "epsilon":
-            if not (alpha if type(t) is int else alpha.all()):
+            if not alpha.all():
                 raise ValueError(
                     'x0 is undefined for "epsilon" where alpha_bar is 0 (zero terminal SNR): the input is pure noise; '
                     'use a model trained with "v_prediction"'
@@ -236,10 +235,6 @@ class NoiseSchedule:
             return [round(i * stride) for i in reversed(range(steps))] if steps > 1 else [T - 1]
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
 
-    @cached_property
-    def _numbers(self) -> list[float]:
-        return self.alpha_bar.tolist()
-
     def _alpha_bar_at(self, t: Tensor | int) -> Tensor:
         t = torch.as_tensor(t, device="cpu")
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
@@ -248,12 +243,10 @@ class NoiseSchedule:
             raise ValueError(f"t must lie in [0, {self.T}), got values from {t.min().item()} to {t.max().item()}")
         return self.alpha_bar[t.long()]
 
-    def _levels(self, t: Tensor | int, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+    def _levels(self, t: Tensor | int, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of picture and noise, sqrt(alpha_bar) and sqrt(1 - alpha_bar), ready to multiply x."""
         if x.shape != other.shape:
             raise ValueError(f"the two tensors must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
-        if type(t) is int and 0 <= t < len(self._numbers):  # as one asks in a loop: numbers are quicker than tensors
-            return math.sqrt(self._numbers[t]), math.sqrt(1 - self._numbers[t])
         a = self._alpha_bar_at(t)
         if a.ndim and a.shape != x.shape[:1]:
             raise ValueError(f"t must be one integer or one for each of the {len(x)} samples, got shape {tuple(a.shape)}")

@@ -282,12 +282,6 @@ def test_inversion_returns_to_its_start(spacing):
     assert 1.8 < errors[0] / errors[1] < 2.2
 
 
-def test_a_thousand_steps_in_half_precision_keep_the_spread():
-    x = randn(64, 4, 4, 4).bfloat16()
-    x0 = ddpm(gaussian_model(), x, SD, steps=1000, generator=torch.Generator().manual_seed(0))
-    assert abs(x0.double().std().item() / SPREAD - 1) < 0.15  # with the factor of x rounded to bfloat16 it is more
-
-
 def test_one_signature_for_all():
     expected = dict(inspect.signature(ddim).parameters)
     expected.pop("eta")

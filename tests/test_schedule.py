@@ -143,20 +143,6 @@ def test_one_timestep_for_all_or_one_each(t):
     assert_close(SD.add_noise(x0, noise, t), expected)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_plain_number_gives_what_a_tensor_of_it_gives(name, prediction_type, dtype):
-    schedule = SCHEDULES[name]
-    x, pred = (latents(2, 4, 3, 3, seed=seed, dtype=dtype) for seed in (0, 1))
-    for t in (0, schedule.T // 2, schedule.T - 1):
-        for convert in (schedule.add_noise, schedule.velocity):
-            assert torch.equal(convert(x, pred, t), convert(x, pred, torch.tensor(t)))
-        assert torch.equal(*(schedule.to_epsilon(pred, x, at, prediction_type) for at in (t, torch.tensor(t))))
-        if (name, prediction_type, t) != ("zero_terminal", "epsilon", 999):
-            assert torch.equal(*(schedule.to_x0(pred, x, at, prediction_type) for at in (t, torch.tensor(t))))
-
-
 def test_each_sample_gets_its_own_timestep():
     x0, noise = latents(8, 4, 8, 8), latents(8, 4, 8, 8, seed=1)  # 8 along every axis that could be confused
     t = torch.arange(0, 800, 100)
